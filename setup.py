@@ -1,0 +1,40 @@
+"""Only the C extension is described here; everything else stands in pyproject.toml.
+
+`unionfs._native` is optional: without a compiler, pkg-config or libfuse's headers the installation goes on
+without it, and mounts run on plain pyfuse3.
+"""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCE = "unionfs/_native.c"
+
+
+def pkg_config(flag: str) -> list[str]:
+    """Return what pkg-config says of libfuse 3; nothing where it or libfuse's headers are missing."""
+    try:
+        done = subprocess.run(["pkg-config", flag, "fuse3"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return shlex.split(done.stdout)
+
+
+def extensions() -> list[Extension]:
+    if not Path(__file__).with_name("unionfs").joinpath("_native.c").exists():
+        return []
+    return [
+        Extension(
+            "unionfs._native",
+            [SOURCE],
+            depends=[str(path) for path in Path("unionfs").glob("*.h")],
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", *pkg_config("--cflags")],
+            extra_link_args=pkg_config("--libs"),
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions())

@@ -1,0 +1,207 @@
+"""A whole tree as a comparable dictionary: the merged one, or an upper layer as it lies on disk."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from . import syscalls
+from .driver import Fields, View, digest
+
+Tree = dict[bytes, Fields]
+Handles = dict[tuple[int, bytes], str]
+
+_OVERLAY = "trusted.overlay."
+_BASE = 1 << 20
+
+
+def _walk(root: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """(path relative to ``root``, status) of everything in it, in sorted order."""
+    pending = [b""]
+    while pending:
+        relative = pending.pop()
+        path = os.path.join(root, relative) if relative else root
+        status = os.lstat(path)
+        yield relative or b".", status
+        if stat.S_ISDIR(status.st_mode):
+            pending += sorted((os.path.join(relative, name) for name in os.listdir(path)), reverse=True)
+
+
+def _content(path: bytes, status: os.stat_result) -> object:
+    """What an inode holds: bytes of a file, target of a symlink."""
+    if stat.S_ISLNK(status.st_mode):
+        return os.readlink(path)
+    if stat.S_ISREG(status.st_mode):
+        with open(path, "rb") as file:
+            return digest(file.read(_BASE))
+    return None
+
+
+def _xattrs(path: bytes) -> dict[str, bytes]:
+    names = os.listxattr(path, follow_symlinks=False)
+    assert len(names) == len(set(names)), f"{path!r} lists an xattr twice: {names}"
+    return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+
+
+def _entries(path: bytes, root: bytes) -> object:
+    """What is wrong in a listing: each entry's type and inode number must be those that lstat tells."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    wrong, names = [], []
+    try:
+        for entry in syscalls.all_dents(fd):
+            names.append(entry.name)
+            if entry.name == b".." and path == root:
+                continue
+            status = os.lstat(entry.name, dir_fd=fd)
+            if entry.ino != status.st_ino:
+                wrong.append((entry.name, "d_ino"))
+            if entry.kind != stat.S_IFMT(status.st_mode) >> 12:
+                wrong.append((entry.name, "d_type", entry.kind))
+    finally:
+        os.close(fd)
+    return sorted(wrong), len(names) - len(set(names)), b"." in names and b".." in names
+
+
+def merged(root: bytes, view: View) -> Tree:
+    """The tree of a mount, with hard link groups, and each listing checked against lstat."""
+    tree: Tree = {}
+    first: dict[int, bytes] = {}
+    for relative, status in _walk(root):
+        path = os.path.join(root, relative)
+        fields = view.fields(status)
+        fields["same file as"] = first.setdefault(status.st_ino, relative)
+        fields["content"] = _content(path, status)
+        fields["xattrs"] = _xattrs(path)
+        if stat.S_ISDIR(status.st_mode):
+            fields["listing"] = _entries(path, os.path.join(root, b"."))
+        tree[relative] = fields
+    return tree
+
+
+def handles(layers: dict[str, bytes]) -> Handles:
+    """File handle of everything in the subtrees ``layers`` (name: path) → a name for it that both sides share."""
+    found: Handles = {}
+    for layer, root in layers.items():
+        if not os.path.lexists(root):
+            continue
+        for relative, _ in _walk(root):
+            found.setdefault(syscalls.file_handle(os.path.join(root, relative)), f"{layer}:{os.fsdecode(relative)}")
+    return found
+
+
+def _origin(value: bytes, known: Handles) -> object:
+    """What a stored overlayfs file handle (struct ovl_fb) means, without its numbers."""
+    if len(value) < 21:
+        return value
+    version, magic, length, flags, kind = value[:5]
+    name = known.get((kind, value[21:]), "unknown") if length == len(value) else "wrong length"
+    return version, hex(magic), flags, name, "no uuid" if value[5:21] == bytes(16) else "uuid"
+
+
+def _disk_xattrs(path: bytes, known: Handles) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in _xattrs(path).items():
+        bare = name.removeprefix(_OVERLAY)
+        if bare in ("origin", "upper"):
+            found[name] = _origin(value, known)
+        elif bare == "uuid":
+            found[name] = len(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _extents(path: bytes) -> list[tuple[int, int]]:
+    """Where the data of a sparse file lies."""
+    fd = os.open(path, os.O_RDONLY)
+    extents, position, size = [], 0, os.fstat(fd).st_size
+    try:
+        while position < size:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            position = os.lseek(fd, start, os.SEEK_HOLE)
+            extents.append((start, position))
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return extents
+
+
+def is_whiteout(status: os.stat_result) -> bool:
+    """Whether ``status`` is that of a character device 0:0."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def on_disk(root: bytes, view: View, known: Handles) -> Tree:
+    """An upper layer's subtree as it is stored; ``known`` gives meaning to the file handles in it."""
+    tree: Tree = {}
+    first: dict[int, bytes] = {}
+    if not os.path.lexists(root):
+        return tree
+    for relative, status in _walk(root):
+        path = os.path.join(root, relative)
+        if is_whiteout(status):
+            tree[relative] = {"type": "whiteout", "xattrs": _disk_xattrs(path, known)}
+            continue
+        fields = view.fields(status)
+        fields["same file as"] = first.setdefault(status.st_ino, relative)
+        fields["content"] = _content(path, status)
+        fields["xattrs"] = _disk_xattrs(path, known)
+        if stat.S_ISREG(status.st_mode):
+            fields["extents"] = _extents(path)
+        tree[relative] = fields
+    return tree
+
+
+def index(work: bytes, view: View, known: Handles) -> Tree:
+    """The index directory of a work directory, entries named by the lower file that they stand for.
+
+    Entries of other subtrees, whose handles ``known`` lacks, are left out.
+    """
+    root, tree = os.path.join(work, b"index"), Tree()
+    for name in os.listdir(root) if os.path.isdir(root) else ():
+        path = os.path.join(root, name)
+        if name.startswith(b"#"):
+            continue
+        try:
+            value = bytes.fromhex(os.fsdecode(name))
+        except ValueError:
+            tree[name] = {"type": "not an index entry"}
+            continue
+        origin = known.get((value[4], value[21:])) if len(value) > 21 else "malformed"
+        if origin:
+            status = os.lstat(path)
+            kind: object = "whiteout" if is_whiteout(status) else view.fields(status)
+            tree[os.fsencode(origin)] = {"entry": kind, "xattrs": _disk_xattrs(path, known)}
+    return tree
+
+
+def leftovers(work: bytes) -> list[bytes]:
+    """Temporary objects in the work directory, but for the whiteout that overlayfs keeps there to link from.
+
+    With an index, overlayfs builds in the index directory; names of temporary objects begin with ``#``.
+    """
+    found = []
+    for place in (b"work", b"index"):
+        root = os.path.join(work, place)
+        for name in os.listdir(root) if os.path.isdir(root) else ():
+            status = os.lstat(os.path.join(root, name))
+            if (place == b"work" or name.startswith(b"#")) and not is_whiteout(status):
+                found.append(os.path.join(place, name))
+    return found
+
+
+def differences(expected: Tree, got: Tree) -> list[str]:
+    """One line for each difference, sorted by path."""
+    lines = []
+    for path in sorted(expected.keys() | got.keys()):
+        if path not in got:
+            lines.append(f"{path!r}: missing; expected {expected[path]}")
+        elif path not in expected:
+            lines.append(f"{path!r}: should not exist, is {got[path]}")
+        else:
+            one, two = expected[path], got[path]
+            keys = [key for key in (*one, *(key for key in two if key not in one)) if one.get(key) != two.get(key)]
+            lines += [f"{path!r}: {key}: expected {one.get(key)!r}, got {two.get(key)!r}" for key in keys]
+    return lines

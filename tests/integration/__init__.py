@@ -1,0 +1,1 @@
+"""Real programs at work inside a real mount."""

@@ -1,0 +1,1 @@
+"""Tests against real mounts: ours, and kernel overlayfs as the oracle beside it."""

@@ -1,0 +1,54 @@
+"""The table of POSIX behaviours on a plain directory, on kernel overlayfs and on ours, from three places of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.posix import BEHAVIOURS, Behaviour
+from tests.mount.posix.table import plant, touch_all
+from tests.support.filesystems import remove_tree
+from tests.support.layers import build
+from tests.support.mounts import Kind, Stack
+
+HOUSES = [
+    "plain-lower",
+    "overlay-lower",
+    "overlay-upper",
+    "overlay-touched",
+    "union-lower",
+    "union-upper",
+    "union-touched",
+]
+
+
+@pytest.fixture(scope="module", params=HOUSES)
+def house(
+    request: pytest.FixtureRequest, session_ground: Path, _stacks: list[Stack]
+) -> Iterator[tuple[str, Stack]]:
+    """One mount for the whole table: its label, and the stack."""
+    name: str = request.param
+    kind: Kind = name.split("-")[0]  # type: ignore[assignment]
+    stack = Stack.make(kind, session_ground / f"posix-{name}")
+    if not name.endswith("upper"):
+        plant(stack.lower, list(BEHAVIOURS.values()))
+    stack.mount()
+    _stacks.append(stack)
+    yield name, stack
+    stack.umount()
+    remove_tree(stack.base)
+
+
+@pytest.mark.parametrize("line", BEHAVIOURS.values(), ids=lambda line: line.name)
+def test_behaviour(house: tuple[str, Stack], line: Behaviour) -> None:
+    name, stack = house
+    if name in line.unlike:
+        return
+    directory = stack.mnt / line.name
+    if name.endswith("upper"):
+        build(directory, line.seed)
+    elif name.endswith("touched"):
+        touch_all(directory)
+    line.check(directory)

@@ -1,0 +1,687 @@
+/*
+ * The native layer between libfuse and pyfuse3.
+ *
+ * Concept.  pyfuse3 calls libfuse by name.  This module is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic
+ * linker finds the functions defined here first; each does its own part and calls on to libfuse's (RTLD_NEXT):
+ *
+ *   fuse_session_new            wraps pyfuse3's table of operations: `init` asks for more capabilities, and what needs
+ *                               no union decision (data of open files) is served here, on the host descriptor in fi->fh
+ *   fuse_session_receive_buf    reads the device without blocking, and answers on the spot what is served here
+ *   fuse_session_process_buf    sees every raw request first: protocol flags that libfuse drops, and the INIT exchange
+ *   fuse_reply_open/_create/... add to the answers what pyfuse3 can't express
+ *
+ * Everything here runs on the thread of pyfuse3's loop and with the GIL held, unless a comment says otherwise; static
+ * state is therefore unlocked.  One process serves one mount.
+ *
+ * If the functions are not found first (another loader, a statically linked libfuse), none of them is called, active()
+ * stays False, and pyfuse3 works as if this module did not exist.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#define FUSE_USE_VERSION 35
+#include <fuse_lowlevel.h>
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/fuse.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define HOOK __attribute__((visibility("default")))
+#define UNUSED __attribute__((unused))
+
+/* The next definition of a libfuse function, looked up once. */
+#define REAL(name) \
+	({ \
+		static __typeof__(name) *real_; \
+		if (!real_) \
+			real_ = (__typeof__(real_))next_symbol(#name); \
+		real_; \
+	})
+
+static void *next_symbol(const char *name)
+{
+	void *symbol = dlsym(RTLD_NEXT, name);
+
+	if (!symbol)
+		Py_FatalError("unionfs._native: libfuse lacks a function that pyfuse3 uses");
+	return symbol;
+}
+
+/* ------------------------------------------------------------------ state */
+
+enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, COUNTERS };
+
+static const char *const counter_names[COUNTERS] = {
+	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid",
+};
+
+static uint64_t counters[COUNTERS];
+static struct fuse_session *session; /* set when pyfuse3 has gone through our fuse_session_new */
+static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
+static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
+
+/* What the raw message says about the request now in the hands of fuse_session_process_buf. */
+static struct {
+	uint32_t opcode;
+	uint32_t uid;
+	uint64_t nodeid;
+	bool kill_suidgid;
+} request;
+
+/* ------------------------------------------------------------------ suid, sgid */
+
+/*
+ * Clear suid, and sgid where the group may execute, as file_remove_privs() does for a caller without CAP_FSETID. The
+ * host kernel spares us because the daemon has that capability; security.capability it removes itself. The kernel's
+ * copy of the mode is stale then, and exec trusts it: drop it. (Only attributes: takes no lock that a request holds.)
+ */
+static void remove_suidgid(fuse_ino_t ino, int fd)
+{
+	struct stat st;
+	mode_t drop;
+
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return;
+	drop = st.st_mode & S_ISUID;
+	if ((st.st_mode & (S_ISGID | S_IXGRP)) == (S_ISGID | S_IXGRP))
+		drop |= S_ISGID;
+	if (!drop || fchmod(fd, st.st_mode & 07777 & ~drop))
+		return;
+	counters[KILL_SUIDGID]++;
+	fuse_lowlevel_notify_inval_inode(session, ino, -1, 0);
+}
+
+/* Requests that carry no flag of their own: spare only the user who has CAP_FSETID for certain. */
+static void remove_suidgid_unless_root(fuse_req_t req, fuse_ino_t ino, int fd)
+{
+	if (fuse_req_ctx(req)->uid != 0)
+		remove_suidgid(ino, fd);
+}
+
+/* ------------------------------------------------------------------ data of open files, on the descriptor fi->fh */
+
+static void serve_read(fuse_req_t req, fuse_ino_t ino UNUSED, size_t size, off_t off, struct fuse_file_info *fi)
+{
+	static char *buffer; /* page-aligned: the descriptor may be O_DIRECT */
+	static size_t capacity;
+	ssize_t n;
+
+	counters[READ]++;
+	if (size > capacity) {
+		void *grown;
+
+		if (posix_memalign(&grown, 4096, size)) {
+			fuse_reply_err(req, ENOMEM);
+			return;
+		}
+		free(buffer);
+		buffer = grown;
+		capacity = size;
+	}
+	do
+		n = pread((int)fi->fh, buffer, size, off);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		fuse_reply_err(req, errno);
+	else
+		fuse_reply_buf(req, buffer, (size_t)n);
+}
+
+static void serve_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
+			struct fuse_file_info *fi)
+{
+	size_t done = 0;
+
+	counters[WRITE]++;
+	if (request.kill_suidgid)
+		remove_suidgid(ino, (int)fi->fh);
+	while (done < size) {
+		ssize_t n = pwrite((int)fi->fh, buf + done, size - done, off + (off_t)done);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && done == 0) {
+			fuse_reply_err(req, errno);
+			return;
+		}
+		if (n <= 0)
+			break; /* what has been written counts, the next write gets the error */
+		done += (size_t)n;
+	}
+	fuse_reply_write(req, done);
+}
+
+static void serve_lseek(fuse_req_t req, fuse_ino_t ino UNUSED, off_t off, int whence, struct fuse_file_info *fi)
+{
+	off_t found = lseek((int)fi->fh, off, whence); /* moves an offset that nobody uses */
+
+	counters[LSEEK]++;
+	if (found < 0)
+		fuse_reply_err(req, errno);
+	else
+		fuse_reply_lseek(req, found);
+}
+
+static void serve_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t length,
+			    struct fuse_file_info *fi)
+{
+	int error;
+
+	counters[FALLOCATE]++;
+	remove_suidgid_unless_root(req, ino, (int)fi->fh);
+	Py_BEGIN_ALLOW_THREADS
+	do
+		error = fallocate((int)fi->fh, mode, off, length) ? errno : 0;
+	while (error == EINTR);
+	Py_END_ALLOW_THREADS
+	fuse_reply_err(req, error);
+}
+
+/* Errors such as EXDEV go back as they are: the kernel then copies through the page cache. */
+static void serve_copy_file_range(fuse_req_t req, fuse_ino_t ino_in UNUSED, off_t off_in,
+				  struct fuse_file_info *fi_in, fuse_ino_t ino_out, off_t off_out,
+				  struct fuse_file_info *fi_out, size_t length, int flags)
+{
+	ssize_t n;
+	int error;
+
+	counters[COPY_FILE_RANGE]++;
+	remove_suidgid_unless_root(req, ino_out, (int)fi_out->fh);
+	Py_BEGIN_ALLOW_THREADS
+	do {
+		n = copy_file_range((int)fi_in->fh, &off_in, (int)fi_out->fh, &off_out, length, (unsigned)flags);
+		error = n < 0 ? errno : 0;
+	} while (error == EINTR);
+	Py_END_ALLOW_THREADS
+	if (error)
+		fuse_reply_err(req, error);
+	else
+		fuse_reply_write(req, (size_t)n);
+}
+
+/*
+ * Inode flags and project attributes of a file, for FS_IOC_GETFLAGS and FS_IOC_FSGETXATTR. The kernel opens the file
+ * read-only for these, so the descriptor may belong to a lower layer: setting them here would change that layer.
+ */
+static void serve_ioctl(fuse_req_t req, fuse_ino_t ino UNUSED, unsigned int cmd, void *arg UNUSED,
+			struct fuse_file_info *fi, unsigned flags, const void *in UNUSED, size_t in_size UNUSED,
+			size_t out_size)
+{
+	union {
+		unsigned int flags;
+		struct fsxattr xattr;
+	} value;
+	size_t size;
+
+	counters[IOCTL]++;
+	if (flags & FUSE_IOCTL_DIR || (cmd != FS_IOC_GETFLAGS && cmd != FS_IOC_FSGETXATTR)) {
+		fuse_reply_err(req, ENOTTY);
+		return;
+	}
+	size = cmd == FS_IOC_GETFLAGS ? sizeof(value.flags) : sizeof(value.xattr);
+	memset(&value, 0, sizeof(value));
+	if (out_size < size)
+		fuse_reply_err(req, EINVAL);
+	else if (ioctl((int)fi->fh, cmd, &value))
+		fuse_reply_err(req, errno);
+	else
+		fuse_reply_ioctl(req, 0, &value, size);
+}
+
+/* close(2) on an overlay has nothing to do and no error to report; after ENOSYS the kernel never asks again. */
+static void serve_flush(fuse_req_t req, fuse_ino_t ino UNUSED, struct fuse_file_info *fi UNUSED)
+{
+	counters[FLUSH]++;
+	fuse_reply_err(req, ENOSYS);
+}
+
+/* ------------------------------------------------------------------ the session */
+
+/*
+ * pyfuse3 copies the fuse_file_info of an OPEN or CREATE and hands the copy to fuse_reply_open or fuse_reply_create.
+ * Its lock_owner means nothing there: it carries to the reply that O_TRUNC must clear suid and sgid.
+ */
+static void wrap_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	fi->lock_owner = request.kill_suidgid ? ino : 0;
+	python_ops.open(req, ino, fi);
+}
+
+static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
+{
+	fi->lock_owner = request.kill_suidgid;
+	python_ops.create(req, parent, name, mode, fi);
+}
+
+static void wrap_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	fi->lock_owner = 0;
+	python_ops.opendir(req, ino, fi);
+}
+
+static void want(struct fuse_conn_info *conn, unsigned capability)
+{
+	conn->want |= conn->capable & capability;
+}
+
+/* Ask the kernel for what suits a file system whose every change goes through this mount. */
+static void wrap_init(void *userdata, struct fuse_conn_info *conn)
+{
+	python_ops.init(userdata, conn);
+	want(conn, FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
+	want(conn, FUSE_CAP_DONT_MASK); /* default ACLs override the umask, so ops applies it */
+	want(conn, FUSE_CAP_CACHE_SYMLINKS);
+	want(conn, FUSE_CAP_EXPLICIT_INVAL_DATA);
+	conn->want &= ~(unsigned)(FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_WRITEBACK_CACHE);
+	conn->want &= ~(unsigned)FUSE_CAP_HANDLE_KILLPRIV; /* version 2 instead, see process_init */
+	conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ; /* costs a second system call for every small request */
+	conn->max_write = 1 << 20;
+	conn->max_readahead = 1 << 20;
+	conn->max_background = 64;
+	conn->congestion_threshold = 48;
+}
+
+static void wrap_ops(struct fuse_lowlevel_ops *ops)
+{
+	ops->init = wrap_init;
+	ops->open = wrap_open;
+	ops->create = wrap_create;
+	ops->opendir = wrap_opendir;
+	ops->read = serve_read;
+	ops->write = serve_write;
+	ops->write_buf = NULL; /* libfuse would prefer it */
+	ops->lseek = serve_lseek;
+	ops->fallocate = serve_fallocate;
+	ops->copy_file_range = serve_copy_file_range;
+	ops->ioctl = serve_ioctl;
+	ops->flush = serve_flush;
+}
+
+static const struct fuse_lowlevel_ops *adopt_ops(const struct fuse_lowlevel_ops *ops, size_t size)
+{
+	static struct fuse_lowlevel_ops ours;
+
+	memset(&python_ops, 0, sizeof(python_ops));
+	memcpy(&python_ops, ops, size < sizeof(python_ops) ? size : sizeof(python_ops));
+	ours = python_ops;
+	wrap_ops(&ours);
+	return &ours;
+}
+
+/* Up to libfuse 3.16 this is the exported name. From 3.17 on it is a macro for one of the two that follow. */
+#undef fuse_session_new
+struct libfuse_version;
+HOOK struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size,
+					   void *userdata)
+{
+	session = REAL(fuse_session_new)(args, adopt_ops(ops, size), sizeof(*ops), userdata);
+	return session;
+}
+
+HOOK struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
+						     size_t size, struct libfuse_version *version, void *userdata)
+{
+	session = REAL(fuse_session_new_versioned)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata);
+	return session;
+}
+
+HOOK struct fuse_session *_fuse_session_new_317(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
+						size_t size, struct libfuse_version *version, void *userdata)
+{
+	session = REAL(_fuse_session_new_317)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata);
+	return session;
+}
+
+/* ------------------------------------------------------------------ raw requests */
+
+/* Whether the message asks for suid and sgid to be cleared: flags that libfuse does not pass on. */
+static bool asks_to_kill(uint32_t opcode, const void *body, size_t size)
+{
+	switch (opcode) {
+	case FUSE_WRITE: {
+		const struct fuse_write_in *in = body;
+		return size >= sizeof(*in) && in->write_flags & FUSE_WRITE_KILL_SUIDGID;
+	}
+	case FUSE_OPEN: {
+		const struct fuse_open_in *in = body;
+		return size >= sizeof(*in) && in->open_flags & FUSE_OPEN_KILL_SUIDGID;
+	}
+	case FUSE_CREATE: {
+		const struct fuse_create_in *in = body;
+		return size >= sizeof(*in) && in->open_flags & FUSE_OPEN_KILL_SUIDGID;
+	}
+	case FUSE_SETATTR: {
+		const struct fuse_setattr_in *in = body;
+		return size >= sizeof(*in) && in->valid & FATTR_KILL_SUIDGID;
+	}
+	default:
+		return false;
+	}
+}
+
+static void note_request(const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+
+	memset(&request, 0, sizeof(request));
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in))
+		return;
+	request.opcode = in->opcode;
+	request.uid = in->uid;
+	request.nodeid = in->nodeid;
+	request.kill_suidgid = asks_to_kill(in->opcode, in + 1, buf->size - sizeof(*in));
+}
+
+/* Amend libfuse's answer to INIT by what this libfuse can't ask for. Returns the size to send. */
+static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in)
+{
+	struct fuse_init_out *out = (struct fuse_init_out *)(reply + sizeof(struct fuse_out_header));
+
+	if (size < sizeof(struct fuse_out_header) + sizeof(*out))
+		return size; /* an error, or a protocol from before these flags */
+	if (in->flags & FUSE_HANDLE_KILLPRIV_V2) {
+		out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+		out->flags &= ~(uint32_t)FUSE_HANDLE_KILLPRIV;
+		killpriv_v2 = true;
+	}
+	return size;
+}
+
+/*
+ * Let libfuse answer INIT into a socket in place of the device, amend the answer, and send it. libfuse writes to the
+ * descriptor that it knows by number; nothing else uses it yet.
+ */
+static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_init_in *in = (const void *)((const struct fuse_in_header *)buf->mem + 1);
+	int device = fuse_session_fd(se);
+	int saved, pair[2];
+	char reply[4096] __attribute__((aligned(8)));
+	ssize_t size;
+
+	saved = fcntl(device, F_DUPFD_CLOEXEC, 0);
+	if (saved < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+		if (saved >= 0)
+			close(saved);
+		REAL(fuse_session_process_buf)(se, buf); /* plain INIT: fewer features, still right */
+		return;
+	}
+	dup3(pair[1], device, O_CLOEXEC);
+	REAL(fuse_session_process_buf)(se, buf);
+	dup3(saved, device, O_CLOEXEC);
+	size = recv(pair[0], reply, sizeof(reply), MSG_DONTWAIT);
+	close(pair[0]);
+	close(pair[1]);
+	close(saved);
+	if (size <= 0)
+		return;
+	size = (ssize_t)amend_init(reply, (size_t)size, in);
+	if (write(device, reply, (size_t)size) != size)
+		fuse_session_exit(se);
+}
+
+HOOK void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	note_request(buf);
+	if (se == session && request.opcode == FUSE_INIT &&
+	    buf->size >= sizeof(struct fuse_in_header) + 4 * sizeof(uint32_t))
+		process_init(se, buf);
+	else
+		REAL(fuse_session_process_buf)(se, buf);
+}
+
+/* ------------------------------------------------------------------ receiving (unionfs/dispatch.py says why) */
+
+static bool driving; /* dispatch.py decides when to wait: the device must never block */
+static bool drained; /* the device had nothing at the last look */
+static int64_t spin_ns; /* how long to look for the next request before sleeping */
+static int64_t linger_ns; /* how long to sleep then, before the loop is asked to wait */
+static int64_t slice_ns; /* how long to go on without letting other tasks run */
+static int64_t slice_end;
+
+static int64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+/* Requests that our own handlers answer without entering Python. */
+static bool served_here(const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in))
+		return false;
+	switch (in->opcode) {
+	case FUSE_READ:
+	case FUSE_WRITE:
+	case FUSE_LSEEK:
+	case FUSE_FALLOCATE:
+	case FUSE_COPY_FILE_RANGE:
+	case FUSE_IOCTL:
+	case FUSE_FLUSH:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* Whether the device has a request within the time. */
+static bool readable_within(int device, int64_t timeout_ns)
+{
+	struct pollfd fd = {.fd = device, .events = POLLIN};
+	struct timespec timeout = {.tv_nsec = timeout_ns};
+
+	return ppoll(&fd, 1, &timeout, NULL) > 0;
+}
+
+/*
+ * Wait a moment for the next request, other threads running meanwhile: first awake, since waking up on another
+ * processor takes longer than a caller needs to come back, then asleep.
+ */
+static bool linger(int device)
+{
+	int64_t spin_end = now_ns() + spin_ns;
+	bool found = false;
+
+	Py_BEGIN_ALLOW_THREADS
+	while (!found && now_ns() < spin_end) {
+		sched_yield();
+		found = readable_within(device, 0);
+	}
+	found = found || (linger_ns && readable_within(device, linger_ns));
+	Py_END_ALLOW_THREADS
+	return found;
+}
+
+static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
+{
+	for (;;) {
+		int result = REAL(fuse_session_receive_buf)(se, buf);
+
+		if (result == -EAGAIN) {
+			if (linger(fuse_session_fd(se)))
+				continue;
+			drained = true;
+			return -EINTR; /* pyfuse3 then goes back to wait_readable */
+		}
+		if (result <= 0 || !served_here(buf))
+			return result;
+		fuse_session_process_buf(se, buf);
+		if (now_ns() >= slice_end)
+			return -EINTR;
+	}
+}
+
+HOOK int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
+{
+	static bool nonblocking;
+
+	if (se != session || !driving)
+		return REAL(fuse_session_receive_buf)(se, buf);
+	if (!nonblocking) {
+		int device = fuse_session_fd(se);
+
+		fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK);
+		nonblocking = true;
+	}
+	return receive_now(se, buf);
+}
+
+/* ------------------------------------------------------------------ replies */
+
+/*
+ * pyfuse3's st_ino sets both the node id and attr.st_ino. A generation that is not 0 is the wanted st_ino; the kernel
+ * gets generation 0 (node ids are never reused).
+ */
+static struct fuse_entry_param separate_ino(const struct fuse_entry_param *entry)
+{
+	struct fuse_entry_param result = *entry;
+
+	if (result.generation) {
+		result.attr.st_ino = result.generation;
+		result.generation = 0;
+	}
+	return result;
+}
+
+HOOK int fuse_reply_entry(fuse_req_t req, const struct fuse_entry_param *entry)
+{
+	struct fuse_entry_param out = separate_ino(entry);
+
+	return REAL(fuse_reply_entry)(req, &out);
+}
+
+HOOK size_t fuse_add_direntry_plus(fuse_req_t req, char *buf, size_t size, const char *name,
+				   const struct fuse_entry_param *entry, off_t off)
+{
+	struct fuse_entry_param out = separate_ino(entry);
+
+	return REAL(fuse_add_direntry_plus)(req, buf, size, name, &out, off);
+}
+
+HOOK int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
+{
+	if (fi->lock_owner)
+		remove_suidgid(fi->lock_owner, (int)fi->fh);
+	return REAL(fuse_reply_open)(req, fi);
+}
+
+HOOK int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry, const struct fuse_file_info *fi)
+{
+	struct fuse_entry_param out = separate_ino(entry);
+
+	if (fi->lock_owner && fi->flags & O_TRUNC)
+		remove_suidgid(out.ino, (int)fi->fh);
+	return REAL(fuse_reply_create)(req, &out, fi);
+}
+
+/* ------------------------------------------------------------------ the Python module */
+
+/* Whether a library loaded from now on finds our definitions first. */
+static PyObject *py_in_scope(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(dlsym(RTLD_DEFAULT, "fuse_session_new") == (void *)fuse_session_new);
+}
+
+static PyObject *py_active(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(session != NULL);
+}
+
+static PyObject *py_killpriv_v2(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(killpriv_v2);
+}
+
+static PyObject *py_kill_suidgid(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(request.kill_suidgid);
+}
+
+static PyObject *py_counters(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	PyObject *result = PyDict_New();
+
+	for (int i = 0; result && i < COUNTERS; i++) {
+		PyObject *value = PyLong_FromUnsignedLongLong(counters[i]);
+
+		if (!value || PyDict_SetItemString(result, counter_names[i], value))
+			Py_CLEAR(result);
+		Py_XDECREF(value);
+	}
+	return result;
+}
+
+static PyObject *py_drive(PyObject *self UNUSED, PyObject *args)
+{
+	double spin_seconds, linger_seconds, slice_seconds;
+
+	if (!PyArg_ParseTuple(args, "ddd", &spin_seconds, &linger_seconds, &slice_seconds))
+		return NULL;
+	spin_ns = (int64_t)(spin_seconds * 1e9);
+	linger_ns = (int64_t)(linger_seconds * 1e9);
+	slice_ns = (int64_t)(slice_seconds * 1e9);
+	driving = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_drained(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(drained);
+}
+
+static PyObject *py_may_receive(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(!drained && now_ns() < slice_end);
+}
+
+static PyObject *py_new_slice(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	drained = false;
+	slice_end = now_ns() + slice_ns;
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+	{"in_scope", py_in_scope, METH_NOARGS, "Whether libraries loaded from now on find this module's functions."},
+	{"active", py_active, METH_NOARGS, "Whether pyfuse3's session was made through this module."},
+	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
+	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
+	{"drive", py_drive, METH_VARARGS, "Never block in receiving; (spin, linger, slice) in seconds."},
+	{"drained", py_drained, METH_NOARGS, "Whether the device had no request at the last look."},
+	{"may_receive", py_may_receive, METH_NOARGS, "Whether to go on receiving without waiting or yielding."},
+	{"new_slice", py_new_slice, METH_NOARGS, "Start the next stretch of receiving."},
+	{"counters", py_counters, METH_NOARGS, "Requests served natively, by kind."},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "_native",
+	.m_doc = "Interposes libfuse functions between pyfuse3 and libfuse.",
+	.m_size = -1, /* static state: one per process */
+	.m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+	return PyModule_Create(&module);
+}

@@ -1,0 +1,492 @@
+"""Copy-up: how a lower object becomes an upper one (fs/overlayfs/copy_up.c).
+
+Parents first. Each object is built in work, complete, and published with one rename or link; a crash leaves the
+lower object showing. The order within an object matters: data, then owner (both clear security.capability), then
+attributes and ACLs, then mode (chown clears suid), then times.
+
+A regular file whose data isn't needed yet (chmod, rename, ...) is copied *metadata only*: an upper file with the
+``metacopy`` attribute and the right size. Its data follows at the first write, in place, and the attribute goes last.
+
+A lower hard link with the index on is copied up into ``index/`` under the name of its lower file handle, and linked
+from there to its name in upper: its other names find it through the index and stay the same file.
+
+Copies of more than `OFFLOAD_BYTES` don't run here: :class:`DataCopyPending` is raised *before anything of the
+operation was done*, carrying a :class:`DataCopy`. Whoever drives the core runs it (in a thread), calls ``finish`` and
+tries the operation again. While a copy is under way, operations that would change that node raise it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from unionfs import sysio
+from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
+from unionfs.markers import encode_nlink, get_xattr, list_xattrs
+from unionfs.tree import Tree
+from unionfs.workdir import WorkDir, set_impure
+
+OFFLOAD_BYTES: Final = 4 << 20
+
+_CAPABILITY: Final = "security.capability"
+_MUST_COPY: Final = ("security.", "system.posix_acl_")
+_FS_SYNC, _FS_IMMUTABLE, _FS_APPEND, _FS_NOATIME = 0x08, 0x10, 0x20, 0x80
+
+
+class DataCopyPending(Exception):
+    """A long copy must end before the operation can be done; see the module's head."""
+
+    def __init__(self, job: DataCopy) -> None:
+        super().__init__()
+        self.job = job
+
+
+class DataCopy:
+    """The bytes of one file on their way up. ``run`` may be called in any thread, the rest where the core runs."""
+
+    def __init__(self, up: CopyUp, node: Node, source: int, target: int, name: bytes | None, size: int) -> None:
+        self.up = up
+        self.node = node
+        self.waiters: object | None = None  # whatever the driver needs to let others wait
+        self._source = source
+        self._target = target
+        self._name = name
+        self._size = size
+        self._in_place = bool(node.flags & UPPER)
+        # Writing data in place changes the times and drops capabilities: both are put back.
+        self._before = up.tree.stat(node) if self._in_place else None
+        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if self._in_place else None
+
+    def run(self) -> None:
+        """Copy, and sync what was copied."""
+        sysio.copy_data(self._source, self._target, self._size)
+        if self._size and not self.up.volatile:
+            os.fsync(self._target)
+
+    def finish(self) -> None:
+        """Publish the copy."""
+        try:
+            if self._in_place:
+                self._restore()
+                self.up.complete_meta(self.node, self._target)
+            else:
+                self.up.publish_regular(self.node, self._target, self._name, metacopy=False)
+        except BaseException:
+            self.abandon()
+            raise
+        self._close()
+
+    def _restore(self) -> None:
+        if self._capability is not None:
+            os.setxattr(self._target, _CAPABILITY, self._capability)
+        if self._before is not None:
+            sysio.utimens_fd(self._target, self._before.st_atime_ns, self._before.st_mtime_ns)
+
+    def abandon(self) -> None:
+        """Give up: remove what is unpublished."""
+        if self._name is not None and self.up.work is not None:
+            self.up.work.discard(self._name)
+        self._close()
+
+    def _close(self) -> None:
+        for fd in (self._source, self._target):
+            if fd >= 0:
+                os.close(fd)
+        self._source = self._target = -1
+
+
+class CopyUp:
+    """Copies nodes up."""
+
+    def __init__(self, tree: Tree, *, metacopy: bool, volatile: bool) -> None:
+        self.tree = tree
+        self.metacopy = metacopy
+        self.volatile = volatile
+        self.offload = False  # set by a driver that can run DataCopy elsewhere
+        self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
+        self.copies = 0
+
+    @property
+    def work(self) -> WorkDir | None:
+        """The work directory, None in a read-only union."""
+        return self.tree.work
+
+    def _work(self) -> WorkDir:
+        if self.tree.work is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self.tree.work
+
+    # -- what operations ask for --------------------------------------------------------------------------------
+
+    def idle(self, node: Node) -> None:
+        """Make sure that no copy of this node is under way; raises DataCopyPending."""
+        if node.job is not None:
+            assert isinstance(node.job, DataCopy)
+            raise DataCopyPending(node.job)
+
+    def directory(self, node: Dir) -> None:
+        """Make sure that a directory, and so all above it, is in upper."""
+        chain: list[Dir] = []
+        at: Dir | None = node
+        while at is not None and at.stack[0] != 0:
+            chain.append(at)
+            at = at.parent
+        self._work()
+        for below in reversed(chain):
+            self._copy_directory(below)
+
+    def node(self, node: Node, *, data: bool, size: int | None = None) -> None:
+        """Make sure that a node is in upper, with its data if *data*; of that only *size* bytes if given.
+
+        Raises DataCopyPending for a long copy, EROFS in a read-only union, else what the layers raise.
+        """
+        self._work()
+        self.idle(node)
+        if node.flags & UPPER:
+            if data and node.flags & META:
+                self._complete(node, size)
+            return
+        if isinstance(node, Dir):
+            self.directory(node)
+        elif node.fmt == stat.S_IFREG:
+            self._copy_regular(node, data=data or not self.metacopy or bool(node.flags & UNLINKED), size=size)
+        else:
+            self._copy_special(node)
+
+    def alias(self, node: Node, parent: Dir, name: bytes) -> None:
+        """Make sure that an indexed file has this very name in upper too (``ovl_link_up``)."""
+        if not node.flags & INDEXED:
+            return
+        self.directory(parent)
+        to_fd = self.tree.dirfds.upper(parent)
+        try:
+            os.stat(name, dir_fd=to_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            self._link_up(node, parent, name)
+
+    # -- directories and special files --------------------------------------------------------------------------
+
+    def _copy_directory(self, node: Dir) -> None:
+        parent = node.parent
+        assert parent is not None
+        work, dirfds = self._work(), self.tree.dirfds
+        fds = dirfds.fds(node)
+        source = sysio.fd_path(fds[0])
+        st = os.fstat(fds[0])
+        to_fd = dirfds.upper(parent)
+        with work.temp_entry() as temp, self._parent_times(to_fd):
+            os.mkdir(temp, 0o700, dir_fd=work.fd)
+            upper = os.open(temp, sysio.O_PATH_DIR, dir_fd=work.fd)
+            try:
+                target = sysio.fd_path(upper)
+                self._copy_metadata(source, st, target, follow_source=True, follow=True)
+                self._set_origin(node.stack[0], fds[0], b"", target)
+                self._set_mode_and_times(st, upper)
+                self._mark_impure(parent, to_fd)
+                sysio.rename(work.fd, temp, to_fd, node.name, sysio.RENAME_NOREPLACE)
+            except BaseException:
+                os.close(upper)
+                raise
+        places = node.where or (None,) * len(node.stack)
+        node.where = (None, *places) if node.where else None
+        kept = tuple(os.dup(fd) for fd in fds)
+        node.stack = (0, *node.stack)
+        dirfds.set(node, (upper, *kept))
+        self._became_upper(node, os.fstat(upper).st_ino)
+        node.default_acl = False
+
+    def _copy_special(self, node: Node) -> None:
+        work = self._work()
+        source = self.tree.path(node)
+        follow_source = self.tree.follow(node)
+        st = self.tree.stat(node)
+        with work.temp_entry() as temp:
+            if stat.S_ISLNK(st.st_mode):
+                link = os.readlink(source) if not follow_source else os.readlink(b"", dir_fd=node.anchor)
+                os.symlink(link, temp, dir_fd=work.fd)
+            else:
+                os.mknod(temp, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work.fd)
+            target = sysio.entry_path(work.fd, temp)
+            self._copy_metadata(source, st, target, follow_source=follow_source, follow=False)
+            if not stat.S_ISLNK(st.st_mode):
+                sysio.chmod_at(work.fd, temp, stat.S_IMODE(st.st_mode))
+            sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
+            self._place(node, st, target, work.fd, temp, follow=False)
+
+    # -- regular files ------------------------------------------------------------------------------------------
+
+    def _copy_regular(self, node: Node, *, data: bool, size: int | None) -> None:
+        parent = node.parent
+        if parent is not None and not node.flags & UNLINKED:
+            self.directory(parent)
+        whole = self.tree.stat(node).st_size
+        wanted = whole if size is None else min(size, whole)
+        target, name = self._work().open_temp()
+        if not data or not wanted:
+            try:
+                self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
+            except BaseException:
+                if name is not None:
+                    self._work().discard(name)
+                raise
+            finally:
+                os.close(target)
+            return
+        try:
+            source = self.tree.open_real(node, os.O_RDONLY)
+        except BaseException:
+            os.close(target)
+            if name is not None:
+                self._work().discard(name)
+            raise
+        self._start(DataCopy(self, node, source, target, name, wanted), wanted)
+
+    def _complete(self, node: Node, size: int | None) -> None:
+        """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``)."""
+        whole = self.tree.stat(node).st_size
+        wanted = whole if size is None else min(size, whole)
+        source = self.tree.open_real(node, os.O_RDONLY)
+        try:
+            target = self._open_upper(node, os.O_RDWR)
+        except BaseException:
+            os.close(source)
+            raise
+        self._start(DataCopy(self, node, source, target, None, wanted), wanted)
+
+    def _start(self, job: DataCopy, size: int) -> None:
+        self.copies += 1
+        if self.offload and size > OFFLOAD_BYTES:
+            job.node.job = job
+            raise DataCopyPending(job)
+        try:
+            job.run()
+        except BaseException:
+            job.abandon()
+            raise
+        job.finish()
+
+    def publish_regular(
+        self, node: Node, target: int, name: bytes | None, *, metacopy: bool, size: int | None = None
+    ) -> None:
+        """Finish a regular file built in work: metadata, marks, and its place in upper or the index."""
+        source = self.tree.path(node)
+        st = self.tree.stat(node)
+        path = sysio.fd_path(target)
+        if size is not None and size:
+            os.ftruncate(target, size)
+        self._copy_metadata(source, st, path, follow_source=self.tree.follow(node), follow=True, fd=target)
+        if metacopy:
+            os.setxattr(target, self.tree.fmt.metacopy, b"")
+        os.fchmod(target, stat.S_IMODE(st.st_mode))
+        sysio.utimens_fd(target, st.st_atime_ns, st.st_mtime_ns)
+        self._place(node, st, path, target, name, follow=True)
+        if metacopy:
+            node.flags |= META
+        else:
+            self._forget_lower_data(node)
+            self.reopen_handles(node)
+
+    def complete_meta(self, node: Node, target: int) -> None:
+        """End the data copy of a metacopy file by taking its mark away."""
+        path = sysio.fd_path(target)
+        os.removexattr(path, self.tree.fmt.metacopy)
+        self._forget_lower_data(node)
+        self.reopen_handles(node)
+        self.notify_changed.append(node)
+
+    def _forget_lower_data(self, node: Node) -> None:
+        node.flags &= ~META
+        data = self.tree.data_anchors.pop(node, -1)
+        if data >= 0:
+            os.close(data)
+
+    def _open_upper(self, node: Node, flags: int) -> int:
+        """Open the upper inode of a metacopy file itself."""
+        if node.anchor >= 0:
+            return os.open(sysio.fd_path(node.anchor), flags | os.O_CLOEXEC)
+        dirfd, name = self.tree.place(node)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+
+    def reopen_handles(self, node: Node) -> None:
+        """Let descriptors that were opened for reading before the copy-up see what is written after it.
+
+        Kernel overlayfs looks at each read whether the file was copied up (``ovl_real_fdget``); here the number of
+        the descriptor stays and what is behind it is exchanged.
+        """
+        for fd in node.handles or ():
+            fresh = self._open_upper(node, os.O_RDONLY)
+            os.dup2(fresh, fd, inheritable=False)
+            os.close(fresh)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _place(self, node: Node, st: os.stat_result, path: bytes, fd: int, name: bytes | None, *, follow: bool) -> None:
+        """Give a finished object its origin and its place. *fd* is the object, or the work directory of *name*."""
+        lower_layer, parent = node.layer, node.parent
+        nameless = bool(node.flags & UNLINKED)
+        if nameless or parent is None:
+            self._keep_nameless(node, fd, name)
+            return
+        dirs = self.tree.dirfds
+        self.directory(parent)
+        to_fd = dirs.upper(parent)
+        lower_fd, lower_name = self.tree.place(node)
+        to_index = st.st_nlink > 1 and self.tree.resolver.index_fd >= 0
+        origin = b""
+        if st.st_nlink == 1 or to_index:
+            origin = self._set_origin(lower_layer, lower_fd, lower_name, path, follow=follow)
+        if to_index and origin:
+            self._to_index(node, st, fd, name, origin)
+            self._link_up(node, parent, node.name)
+            return
+        with self._parent_times(to_fd):
+            self._mark_impure(parent, to_fd)
+            self._publish(fd, name, to_fd, node.name)
+        self._became_upper(node, os.stat(node.name, dir_fd=to_fd, follow_symlinks=False).st_ino)
+
+    def _publish(self, fd: int, name: bytes | None, to_fd: int, to: bytes) -> None:
+        if name is None:
+            sysio.linkat_fd(fd, to_fd, to)
+        else:
+            sysio.rename(self._work().fd, name, to_fd, to, sysio.RENAME_NOREPLACE)
+
+    def _keep_nameless(self, node: Node, fd: int, name: bytes | None) -> None:
+        """A file that has no name any more lives on in its upper copy as long as it is open."""
+        work = self._work()
+        anchor = os.open(sysio.fd_path(fd) if name is None else sysio.entry_path(work.fd, name), os.O_PATH | os.O_CLOEXEC)
+        if name is not None:
+            os.unlink(name, dir_fd=work.fd)
+        if node.anchor >= 0:
+            os.close(node.anchor)
+        node.anchor = anchor
+        self._became_upper(node, os.fstat(anchor).st_ino)
+
+    def _to_index(self, node: Node, st: os.stat_result, fd: int, name: bytes | None, origin: bytes) -> None:
+        entry = origin.hex().encode()
+        index_fd = self.tree.resolver.index_fd
+        self._publish(fd, name, index_fd, entry)
+        self.tree.index_names[node] = entry
+        node.flags |= INDEXED
+        node.nlink = st.st_nlink
+        self._became_upper(node, os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_ino)
+        self.set_nlink(node)
+
+    def _link_up(self, node: Node, parent: Dir, name: bytes) -> None:
+        index_fd, entry = self.tree.resolver.index_fd, self.tree.index_names[node]
+        to_fd = self.tree.dirfds.upper(parent)
+        # The union's count does not change, upper's does: until both are right again it is kept relative to lower.
+        path = sysio.entry_path(index_fd, entry)
+        lower = self._lower_nlink(path)
+        if lower:
+            os.setxattr(path, self.tree.fmt.nlink, encode_nlink("L", node.nlink - lower), follow_symlinks=False)
+        with self._parent_times(to_fd):
+            self._mark_impure(parent, to_fd)
+            os.link(entry, name, src_dir_fd=index_fd, dst_dir_fd=to_fd, follow_symlinks=False)
+        self.set_nlink(node)
+
+    def _lower_nlink(self, path: bytes) -> int:
+        value = os.getxattr(path, self.tree.fmt.origin, follow_symlinks=False)
+        st = self.tree.resolver.decode_origin(value)
+        return st.st_nlink if st is not None else 0
+
+    def set_nlink(self, node: Node) -> None:
+        """Store the union's link count relative to upper's (``ovl_set_nlink_upper``), before or after a change."""
+        if node.flags & INDEXED:
+            index_fd, entry = self.tree.resolver.index_fd, self.tree.index_names[node]
+            real = os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_nlink
+            path = sysio.entry_path(index_fd, entry)
+            os.setxattr(path, self.tree.fmt.nlink, encode_nlink("U", node.nlink - real), follow_symlinks=False)
+
+    def _became_upper(self, node: Node, rino: int) -> None:
+        node.layer, node.rino = 0, rino
+        node.flags |= UPPER | ORIGIN
+        if node.flags & BROKEN_LINK:
+            # Separated from its other names: from now on it is a file of its own.
+            node.flags &= ~(BROKEN_LINK | ORIGIN)
+            upper = self.tree.layers.layer(0)
+            node.ino = self.tree.inodes.map_ino(upper.device, rino)
+        self.tree.inodes.note_upper(node)
+        self.notify_changed.append(node)
+
+    def _mark_impure(self, parent: Dir, to_fd: int) -> None:
+        set_impure(parent, to_fd, self.tree.fmt, IMPURE)
+
+    @contextlib.contextmanager
+    def _parent_times(self, fd: int) -> Iterator[None]:
+        """Copy-up does not change what a directory holds, so its times stay."""
+        st = os.fstat(fd)
+        yield
+        with contextlib.suppress(OSError):
+            sysio.utimens_fd(fd, st.st_atime_ns, st.st_mtime_ns)
+
+    def _set_origin(self, layer: int, dirfd: int, name: bytes, target: bytes, *, follow: bool = True) -> bytes:
+        value = self.tree.origin_value(layer, dirfd, name)
+        try:
+            os.setxattr(target, self.tree.fmt.origin, value, follow_symlinks=follow)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            return b""
+        return value
+
+    def _copy_metadata(
+        self, source: bytes, st: os.stat_result, target: bytes, *, follow_source: bool, follow: bool, fd: int = -1
+    ) -> None:
+        """Copy owner, then attributes and ACLs; mode and times are the caller's, last."""
+        new = os.stat(target, follow_symlinks=follow)
+        if (new.st_uid, new.st_gid) != (st.st_uid, st.st_gid):
+            os.chown(target, st.st_uid, st.st_gid, follow_symlinks=follow)
+        self.copy_xattrs(source, target, follow_source=follow_source, follow=follow)
+        if fd >= 0 or follow:
+            self._copy_inode_flags(source, st, target)
+
+    def copy_xattrs(self, source: bytes, target: bytes, *, follow_source: bool, follow: bool) -> None:
+        """Copy all attributes but the union's own (``ovl_copy_xattr``)."""
+        private = self.tree.fmt.is_private
+        names = os.listxattr(source, follow_symlinks=True) if follow_source else list_xattrs(source)
+        for name in names:
+            if private(name):
+                continue
+            try:
+                value = os.getxattr(source, name, follow_symlinks=follow_source)
+                os.setxattr(target, name, value, follow_symlinks=follow)
+            except OSError as exc:
+                if exc.errno == errno.ENODATA or (
+                    exc.errno == errno.EOPNOTSUPP and not name.startswith(_MUST_COPY)
+                ):
+                    continue
+                raise
+
+    def _copy_inode_flags(self, source: bytes, st: os.stat_result, target: bytes) -> None:
+        """Keep append-only and immutable in an attribute, sync and noatime as flags (``ovl_copy_fileattr``)."""
+        if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
+            return
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            flags = sysio.get_inode_flags(fd)
+        finally:
+            os.close(fd)
+        protection = (b"a" if flags & _FS_APPEND else b"") + (b"i" if flags & _FS_IMMUTABLE else b"")
+        if protection:
+            with contextlib.suppress(PermissionError):
+                os.setxattr(target, self.tree.fmt.protattr, protection)
+        if flags & (_FS_SYNC | _FS_NOATIME):
+            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                mine = sysio.get_inode_flags(fd)
+                with contextlib.suppress(OSError):
+                    sysio.set_inode_flags(fd, mine | (flags & (_FS_SYNC | _FS_NOATIME)))
+            finally:
+                os.close(fd)
+
+    @staticmethod
+    def _set_mode_and_times(st: os.stat_result, fd: int) -> None:
+        os.chmod(sysio.fd_path(fd), stat.S_IMODE(st.st_mode))
+        sysio.utimens_fd(fd, st.st_atime_ns, st.st_mtime_ns)

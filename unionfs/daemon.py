@@ -1,0 +1,384 @@
+"""A mount's life: from the command to a mount that answers, and from unmounting to a process that is gone.
+
+`start` makes the daemon: it forks twice, and the command waits on a pipe for the daemon's word. That is
+either that the mount answers, or the error that stopped it; so the command never returns before the outcome
+is known.
+
+`serve` is the daemon itself. It opens the layers first, then mounts, because the mount may hide them.
+pyfuse3 and trio are imported only here. The mount ends when it is unmounted from outside (the kernel then
+closes the session), or on SIGTERM, SIGINT or SIGHUP; SIGUSR1 writes the counters and the trio tasks to the
+log. Whatever happens, the union is closed and the record removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import logging.handlers
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import unionfs
+from unionfs import control, native
+from unionfs.config import MountConfig
+from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, from_exit_code
+from unionfs.mountinfo import FUSE_TYPE, mounted_at
+
+if TYPE_CHECKING:
+    import trio
+
+    from unionfs.ops import UnionOperations
+    from unionfs.union import Union
+
+log = logging.getLogger(__name__)
+
+# How long the mount may take to answer its first request, in seconds.
+START_SECONDS = 30.0
+
+LOG_BYTES = 1 << 20
+SYSTEM_LOG = "/dev/log"
+
+Ready = Callable[[], None]
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+def start(config: MountConfig) -> None:
+    """Mount in the background and return when the mount answers.
+
+    Raises the UnionError that stopped the daemon; MountFailed if it ended without a word.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _become_daemon(config, writer)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as pipe:
+        word = pipe.read()
+    if not word:
+        raise MountFailed(f"the daemon for {config.mountpoint} ended without a word: try --foreground")
+    code, message = json.loads(word)
+    if code:
+        raise from_exit_code(code, message)
+
+
+def _become_daemon(config: MountConfig, writer: int) -> NoReturn:
+    """Leave the caller's session and serve. Runs in a forked child and never returns."""
+    status = 1
+    try:
+        os.setsid()
+        if os.fork():  # a session leader could still be given a terminal
+            os._exit(0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        if null > 2:
+            os.close(null)
+        status = _serve_and_tell(config, writer)
+    finally:
+        os._exit(status)
+
+
+def _serve_and_tell(config: MountConfig, writer: int) -> int:
+    """Serve, and write the outcome of the start to `writer`; return the process's exit status."""
+
+    def tell(code: int, message: str) -> None:
+        nonlocal writer
+        if writer >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(writer, json.dumps([code, message]).encode("ascii"))
+            os.close(writer)
+            writer = -1
+
+    try:
+        serve(config, lambda: tell(0, ""))
+    except UnionError as error:
+        log.error("%s", error)
+        tell(error.exit_code, str(error))
+        return error.exit_code
+    except BaseException as error:
+        log.critical("the daemon failed", exc_info=True)
+        tell(1, f"internal error: {type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+# --- serving --------------------------------------------------------------------------------------
+
+
+def serve(config: MountConfig, ready: Ready) -> None:
+    """Mount and serve until unmounted; call `ready` once, when the mount answers.
+
+    Raises a UnionError for what keeps the union from being mounted.
+    """
+    with _logging(config) as log_file:
+        _prepare_process()
+        native_loaded = config.native and native.load()  # before pyfuse3, or it would not be found first
+        _import_pyfuse3()
+        if config.native:
+            from unionfs import dispatch
+
+            dispatch.install()
+        from unionfs.union import Union
+
+        union = Union.open(config)
+        life = _Life(config, ready, log_file)
+        try:
+            log.info("layers open; native part %s", "in force" if native_loaded else "not used")
+            _mount_and_run(config, union, life)
+        finally:
+            union.close()
+            log.info("%s: ended", config.mountpoint)
+            control.remove(life.record_path)  # last: from here on the layers are free
+
+
+def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
+    import pyfuse3
+    import trio
+
+    from unionfs.ops import UnionOperations
+
+    operations = UnionOperations(union, config)
+    with _stderr_captured() as said:
+        try:
+            pyfuse3.init(operations, config.mountpoint, libfuse_options(config))
+        except RuntimeError as error:
+            raise MountFailed(f"can't mount on {config.mountpoint}: {said() or error}") from None
+    try:
+        trio.run(life.run, operations)
+    except BaseExceptionGroup as group:
+        raise _only_error(group) from group
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+class _Life:
+    """The trio side of one mount: its session, its signals, its readiness."""
+
+    def __init__(self, config: MountConfig, ready: Ready, log_file: str | None) -> None:
+        self.config = config
+        self.ready = ready
+        self.log_file = log_file
+        self.record_path: str | None = None
+
+    async def run(self, operations: UnionOperations) -> None:
+        """Serve until the session ends."""
+        import pyfuse3
+        import trio
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._handle_signals, operations)
+            await nursery.start(operations.run)
+            nursery.start_soon(self._announce)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self) -> None:
+        """Say that the mount is ready as soon as it answers, asked from a thread as any program would ask."""
+        import trio
+
+        mountpoint = self.config.mountpoint
+        try:
+            with trio.fail_after(START_SECONDS):
+                await trio.to_thread.run_sync(os.statvfs, mountpoint, abandon_on_cancel=True)
+        except trio.TooSlowError:
+            raise MountFailed(f"the mount on {mountpoint} does not answer") from None
+        except OSError as error:
+            raise MountFailed(f"the mount on {mountpoint} answers with {error.strerror}") from None
+        self.record_path = _write_record(self.config, self.log_file)
+        self.ready()
+        log.info("%s: mounted", mountpoint)
+
+    async def _handle_signals(self, operations: UnionOperations, task_status: trio.TaskStatus[None]) -> None:
+        import pyfuse3
+        import trio
+
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        with trio.open_signal_receiver(*wanted) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    dump(operations)
+                else:
+                    log.info("ending on %s", signal.Signals(number).name)
+                    pyfuse3.terminate()
+
+
+def libfuse_options(config: MountConfig) -> set[str]:
+    """Return the -o options for libfuse: the mount shows as type fuse.unionfs and source `config.fsname`."""
+    name = config.fsname.replace("\\", "\\\\").replace(",", "\\,")
+    options = {f"fsname={name}", f"subtype={FUSE_TYPE.removeprefix('fuse.')}", "default_permissions"}
+    options |= set(config.mount_options)
+    if config.allow_other:
+        options.add("allow_other")
+    if config.read_only:
+        options.add("ro")
+    return options
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the one exception in a group of one; the group itself if there are more."""
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+        inner = inner.exceptions[0]
+    return inner
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def _prepare_process() -> None:
+    """Take what the daemon needs: all descriptors it may have, no umask, no directory kept busy."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0)
+    os.chdir("/")
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def _import_pyfuse3() -> None:
+    try:
+        import pyfuse3  # noqa: F401
+    except ImportError as error:
+        if "libfuse3" in str(error):
+            raise EnvironmentUnfit("libfuse 3 is missing: install it (Debian: apt install fuse3)") from None
+        raise EnvironmentUnfit(f"pyfuse3 can't be loaded ({error}): reinstall it with pip") from None
+
+
+@contextlib.contextmanager
+def _stderr_captured() -> Iterator[Callable[[], str]]:
+    """Collect what libfuse and fusermount3 write to descriptor 2; the value returns its last line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            lines = file.read().decode("utf-8", "backslashreplace").strip().splitlines()
+            return lines[-1] if lines else ""
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            for line in said().splitlines():
+                log.debug("libfuse: %s", line)
+
+
+# --- log and record -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _logging(config: MountConfig) -> Iterator[str | None]:
+    """Send the log where it belongs while the daemon runs; the value is the log file's name, if it is one.
+
+    With --foreground that is standard error, else --log-file, else the system log, else a small file beside
+    the record.
+    """
+    path = config.log_file
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler: logging.Handler
+    if path is None and config.foreground:
+        handler = logging.StreamHandler()
+    elif path is None and os.path.exists(SYSTEM_LOG):
+        handler = logging.handlers.SysLogHandler(SYSTEM_LOG)
+        handler.ident = f"unionfs[{os.getpid()}]: "
+        layout = "%(levelname)s %(name)s: %(message)s"
+    else:
+        path = path or _default_log()
+        handler = _file_handler(path) if path else logging.NullHandler()
+    handler.setFormatter(logging.Formatter(layout))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(config.log_level.upper())
+    try:
+        yield path
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _file_handler(path: str) -> logging.Handler:
+    try:
+        return logging.handlers.RotatingFileHandler(
+            path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
+        )
+    except OSError as error:
+        raise EnvironmentUnfit(f"can't write the log file {path}: {error.strerror}") from None
+
+
+def _default_log() -> str | None:
+    directory = control.state_directory()
+    if directory is None:
+        return None
+    return control.log_path(control.record_path(directory))
+
+
+def _write_record(config: MountConfig, log_file: str | None) -> str | None:
+    mount = mounted_at(config.mountpoint)
+    record = control.Record(
+        pid=os.getpid(),
+        start=control.process_start(os.getpid()) or 0,
+        pidns=control.pid_namespace(),
+        mountpoint=config.mountpoint,
+        dev=mount.dev if mount else "",
+        lowers=list(config.lowers),
+        data_lowers=list(config.data_lowers),
+        upper=config.upper,
+        work=config.work,
+        options=shown_options(config),
+        log=log_file,
+        version=unionfs.__version__,
+        mounted_at=time.time(),
+    )
+    path = control.write(record)
+    if path is None:
+        log.warning("no place for the state file: unionfs ls and umount won't know this mount")
+    return path
+
+
+def shown_options(config: MountConfig) -> dict[str, object]:
+    """Return the options in force, as `ls --json` shows them."""
+    places = {"lowers", "data_lowers", "upper", "work", "mountpoint", "explicit"}
+    process = {"foreground", "log_level", "log_file"}
+    return {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(config)
+        if field.name not in places | process
+        for value in [getattr(config, field.name)]
+    }
+
+
+def dump(operations: UnionOperations) -> None:
+    """Write the counters and the trio tasks to the log, whatever its level (SIGUSR1)."""
+    import trio
+
+    lines = [f"{name} {value}" for name, value in sorted(operations.counters().items())]
+    lines.append(f"threads {threading.active_count()}")
+    root = trio.lowlevel.current_root_task()
+    if root is not None:
+        lines += _task_lines(root, 0)
+    log.log(logging.CRITICAL, "dump on SIGUSR1:\n  %s", "\n  ".join(lines))
+
+
+def _task_lines(task: trio.lowlevel.Task, depth: int) -> list[str]:
+    frames = [f"{frame.f_code.co_name}:{line}" for frame, line in task.iter_await_frames()]
+    lines = [f"task {'. ' * depth}{task.name} at {' > '.join(frames) or 'native code'}"]
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            lines += _task_lines(child, depth + 1)
+    return lines

@@ -1,0 +1,170 @@
+"""The layers of one mount, opened once and reached by descriptor ever after.
+
+Index 0 is upper (also in a read-only union, where it is absent), 1 and up are the lowers from top to bottom, then
+the data-only ones. Each layer is opened through a private copy of its mount, as overlayfs does
+(``clone_private_mount``): what is mounted below or over a layer later, the union itself included, is not seen
+through it, and lowers are read-only and noatime in that copy. Without the privilege for that the plain directory
+is used.
+
+Upper and work must lie in *one* mount, or nothing could be renamed between them: the copy is made of the directory
+that both have in common.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import Final
+
+from unionfs import sysio
+from unionfs.config import MountConfig
+from unionfs.errors import BusyError, LayerError
+
+UPPER_INDEX: Final = 0
+
+
+class Layer:
+    """One layer: its root directory and what matters of its file system."""
+
+    __slots__ = ("device", "fd", "index", "path", "read_fd", "read_noatime", "root_stat", "uuid", "wh_files", "xwhiteouts")
+
+    def __init__(self, index: int, path: str, fd: int) -> None:
+        self.index = index
+        self.path = path
+        self.fd = fd  # O_PATH
+        self.root_stat = os.fstat(fd)
+        self.device = self.root_stat.st_dev
+        # File handles can only be opened relative to a readable descriptor.
+        self.read_fd = _open_readable(fd)
+        self.uuid = sysio.file_system_uuid(fd)
+        self.wh_files = index != UPPER_INDEX  # `.wh.NAME` files hide NAME in the layers below
+        self.xwhiteouts = False  # a directory with opaque=x was seen: xattr whiteouts count in listings
+        self.read_noatime = 0  # added to the flags of files opened for reading
+
+    def close(self) -> None:
+        """Close the layer's descriptors."""
+        os.close(self.fd)
+        if self.read_fd >= 0:
+            os.close(self.read_fd)
+
+
+class LayerStack:
+    """All layers of a mount, the work directory, and the locks that keep other mounts away from them."""
+
+    def __init__(self) -> None:
+        self.upper: Layer | None = None
+        self.lowers: list[Layer] = []
+        self.data: list[Layer] = []
+        self.by_index: list[Layer | None] = [None]
+        self.work_fd = -1
+        self._keep: list[int] = []
+
+    @classmethod
+    def open(cls, config: MountConfig) -> LayerStack:
+        """Open every layer of *config* and lock upper and work.
+
+        Raises LayerError for a layer that is missing or no directory, BusyError for one in use.
+        """
+        stack = cls()
+        try:
+            if config.upper is not None:
+                stack._open_upper(config.upper, config.work, read_only=config.read_only)
+            for path in config.lowers:
+                stack.lowers.append(stack._open_lower(path))
+            for path in config.data_lowers:
+                stack.data.append(stack._open_lower(path))
+        except BaseException:
+            stack.close()
+            raise
+        return stack
+
+    def _open_upper(self, upper: str, work: str | None, *, read_only: bool) -> None:
+        common = os.path.commonpath([upper, work]) if work is not None else upper
+        root = self._clone(common)
+        fd = _open_inside(root, common, upper)
+        self.upper = Layer(UPPER_INDEX, upper, fd)
+        self.by_index[UPPER_INDEX] = self.upper
+        self._lock(fd, upper, shared=read_only)
+        if work is not None:
+            self.work_fd = _open_inside(root, common, work)
+            if os.fstat(self.work_fd).st_dev != self.upper.device:
+                raise LayerError(f"work {work} is on another file system than upper {upper}: pass --work DIR beside upper")
+            self._lock(self.work_fd, work, shared=read_only)
+
+    def _open_lower(self, path: str) -> Layer:
+        root = self._clone(path)
+        readonly = root >= 0 and sysio.make_mount_readonly(root)
+        layer = Layer(len(self.by_index), path, _open_inside(root, path, path))
+        if not readonly:
+            layer.read_noatime = os.O_NOATIME
+        self.by_index.append(layer)
+        return layer
+
+    def _clone(self, path: str) -> int:
+        """Return a private copy of the mount at *path*, -1 where there is none to be had."""
+        try:
+            fd = sysio.clone_mount(os.fsencode(path))
+        except OSError:
+            return -1
+        self._keep.append(fd)
+        return fd
+
+    def _lock(self, fd: int, path: str, *, shared: bool) -> None:
+        """Take an advisory lock that lives as long as the daemon (overlayfs: ``ovl_inuse_trylock``)."""
+        lock = _open_readable(fd)
+        if lock < 0:
+            return
+        self._keep.append(lock)
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as exc:
+            if exc.errno != errno.EWOULDBLOCK:
+                raise
+            raise BusyError(f"{path} is in use by another union mount: unmount that first ('unionfs ls' shows it)") from None
+
+    def layer(self, index: int) -> Layer:
+        """Return the layer with this index."""
+        layer = self.by_index[index]
+        if layer is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return layer
+
+    def close(self) -> None:
+        """Close everything; the locks go with it."""
+        for layer in self.by_index:
+            if layer is not None:
+                layer.close()
+        for fd in (self.work_fd, *self._keep):
+            if fd >= 0:
+                os.close(fd)
+        self.by_index, self.upper, self.lowers, self.data = [None], None, [], []
+        self.work_fd, self._keep = -1, []
+
+
+def _open_readable(fd: int) -> int:
+    try:
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    except PermissionError:
+        return -1
+
+
+def _open_inside(root: int, root_path: str, path: str) -> int:
+    """Open *path* by way of the private mount *root* of *root_path*, if that shows the same directory."""
+    try:
+        plain = os.open(os.fsencode(path), sysio.O_PATH_DIR)
+    except OSError as exc:
+        reason = "is not a directory" if exc.errno in (errno.ENOTDIR, errno.ELOOP) else os.strerror(exc.errno or 0)
+        raise LayerError(f"layer {path}: {reason}") from None
+    if root < 0:
+        return plain
+    relative = os.path.relpath(path, root_path)
+    try:
+        fd = sysio.open_beneath(root, os.fsencode(relative), sysio.O_PATH_DIR)
+    except OSError:
+        return plain
+    if os.path.samestat(os.fstat(fd), os.fstat(plain)):
+        os.close(plain)
+        return fd
+    os.close(fd)  # a mount lies between the two: the private copy shows what is below it
+    return plain

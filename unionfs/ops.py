@@ -1,0 +1,479 @@
+"""The adapter between pyfuse3 and the union: thin, with one error translator and one place that leaves the loop.
+
+Code between two awaits is atomic. A handler calls the union synchronously; only three things await: data copies of
+some size (`_settle`), fsync, and what pyfuse3 itself waits for. While one handler waits, the others are served.
+
+The kernel may cache everything for ever, since the layers below don't change and upper changes only through here.
+What copy-up changes behind a cached inode (link counts, change times) is invalidated from a thread of its own: doing
+that inside a request could deadlock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import queue
+import stat
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from unionfs import native
+from unionfs.config import MountConfig
+from unionfs.copyup import DataCopy, DataCopyPending
+from unionfs.dirops import Caller
+from unionfs.inodes import META, Dir, Node
+from unionfs.merge import DT_DIR
+from unionfs.union import Changes, DirHandle, Union, clear_suidgid
+
+log = logging.getLogger(__name__)
+
+FOREVER = 365 * 86400.0
+_DT_SHIFT = 12
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Handler = Callable[Concatenate["UnionOperations", P], Awaitable[R]]
+
+
+def handler(fn: Handler[P, R]) -> Handler[P, R]:
+    """Translate errors at the one place: an OSError is its errno, anything else is logged and EIO."""
+
+    @functools.wraps(fn)
+    async def wrapper(self: UnionOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await fn(self, *args, **kwargs)
+        except OSError as exc:
+            raise FUSEError(exc.errno or errno.EIO) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("%s failed", fn.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return wrapper
+
+
+class UnionOperations(pyfuse3.Operations):
+    """Serves one union to the kernel."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, union: Union, config: MountConfig) -> None:
+        super().__init__()
+        self._union = union
+        self._tree = union.tree
+        self._inodes = union.inodes
+        self._timeout = FOREVER if config.timeout is None else config.timeout
+        self._dir_handles: dict[int, DirHandle] = {}
+        self._serial = 0
+        self._native = False
+        self._changed = _Invalidator()
+        union.up.offload = True
+
+    def init(self) -> None:
+        """Called by pyfuse3 when the kernel has agreed on the protocol."""
+        self._native = native.active()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run what the operations need in the background, for as long as the mount lives."""
+        self._native = native.active()
+        self._changed.start()
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._changed.stop()
+
+    def counters(self) -> dict[str, int]:
+        """Return figures for the log and for tools."""
+        union = self._union
+        return {
+            "nodes": len(self._inodes.nodes),
+            "open_files": len(union.open_files),
+            "open_directories": len(self._dir_handles),
+            "copy_ups": union.up.copies,
+            "invalidations": self._changed.count,
+            **{f"native_{name}": value for name, value in native.counters().items()},
+        }
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
+        """Build the reply for a name; the caller counts the lookup."""
+        attr = self._attributes(node, st)
+        attr.st_ino = node.id
+        if node.ino != node.id and self._native:
+            attr.generation = node.ino  # the native layer shows it as st_ino
+        return attr
+
+    def _attributes(self, node: Node, st: os.stat_result) -> EntryAttributes:
+        attr = EntryAttributes()
+        attr.st_ino = node.ino if self._native else node.id
+        attr.entry_timeout = attr.attr_timeout = self._timeout
+        attr.st_mode = st.st_mode
+        attr.st_nlink = self._tree.nlink(node, st)
+        attr.st_uid = st.st_uid
+        attr.st_gid = st.st_gid
+        attr.st_rdev = st.st_rdev
+        attr.st_size = st.st_size
+        attr.st_blksize = st.st_blksize
+        attr.st_blocks = self._tree.blocks(node, st) if node.flags & META else st.st_blocks
+        attr.st_atime_ns = st.st_atime_ns
+        attr.st_mtime_ns = st.st_mtime_ns
+        attr.st_ctime_ns = st.st_ctime_ns
+        return attr
+
+    def _absent(self) -> EntryAttributes:
+        """Build a reply that lets the kernel remember that there is nothing."""
+        attr = EntryAttributes()
+        attr.st_ino = 0
+        attr.entry_timeout = self._timeout
+        return attr
+
+    @staticmethod
+    def _caller(ctx: RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.umask, ctx.pid)
+
+    async def _settled(self, operation: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call an operation that changes something; wait for the copies of data that it needs first."""
+        while True:
+            try:
+                result = operation(*args, **kwargs)
+            except DataCopyPending as pending:
+                await self._settle(pending.job)
+                continue
+            finally:
+                if self._union.up.notify_changed:
+                    self._changed.put(self._union.up.notify_changed)
+            return result
+
+    async def _settle(self, job: DataCopy) -> None:
+        """Run a copy of data in a thread, or wait for whoever does."""
+        if job.waiters is not None:
+            assert isinstance(job.waiters, trio.Event)
+            await job.waiters.wait()
+            return
+        job.waiters = done = trio.Event()
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(job.run)
+        except BaseException:
+            job.node.job = None
+            job.abandon()
+            raise
+        else:
+            job.node.job = None
+            job.finish()
+        finally:
+            done.set()
+            self._tree.forget(job.node, 0)
+
+    # -- names --------------------------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name (``ovl_lookup``)."""
+        parent = self._union.directory(parent_inode)
+        if len(name) > 255:
+            raise FUSEError(errno.ENAMETOOLONG)
+        looked = self._tree.look(parent, name)
+        if looked is None:
+            return self._absent()
+        node, st = looked
+        node.nlookup += 1
+        return self._entry(node, st)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Take lookups off nodes; those without any go."""
+        nodes = self._inodes.nodes
+        for node_id, count in inode_list:
+            node = nodes.get(node_id)
+            if node is not None and node_id != pyfuse3.ROOT_INODE:
+                try:
+                    self._tree.forget(node, count)
+                except Exception:
+                    log.exception("forget failed")
+
+    @handler
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Return attributes (``ovl_getattr``)."""
+        node = self._union.node(inode)
+        return self._attributes(node, self._tree.stat(node))
+
+    @handler
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Change attributes (``ovl_setattr``)."""
+        kill = bool(fields.update_size) and native.kill_suidgid(ctx.uid)
+        node = self._union.node(inode)
+        changes = Changes(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        st = await self._settled(
+            self._union.setattr, node, changes, -1 if fh is None else fh, kill_suidgid=kill
+        )
+        return self._attributes(node, st)
+
+    @handler
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Return a symbolic link's target."""
+        return self._union.readlink(self._union.node(inode))
+
+    def _made(self, node: Node, st: os.stat_result) -> EntryAttributes:
+        node.nlookup += 1
+        return self._entry(node, st)
+
+    @handler
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Create a special or regular file."""
+        parent = self._union.directory(parent_inode)
+        return self._made(
+            *await self._settled(self._union.dirs.mknod, parent, name, mode, rdev, self._caller(ctx))
+        )
+
+    @handler
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        """Create a directory."""
+        parent = self._union.directory(parent_inode)
+        return self._made(*await self._settled(self._union.dirs.mkdir, parent, name, mode, self._caller(ctx)))
+
+    @handler
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Create a symbolic link."""
+        parent = self._union.directory(parent_inode)
+        return self._made(
+            *await self._settled(self._union.dirs.symlink, parent, name, target, self._caller(ctx))
+        )
+
+    @handler
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Give a file one more name."""
+        node = self._union.node(inode)
+        parent = self._union.directory(new_parent_inode)
+        await self._settled(self._union.dirs.link, node, parent, new_name)
+        return self._made(node, self._tree.stat(node))
+
+    @handler
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a file's name."""
+        await self._settled(self._union.dirs.unlink, self._union.directory(parent_inode), name)
+
+    @handler
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a directory."""
+        await self._settled(self._union.dirs.rmdir, self._union.directory(parent_inode), name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """Rename."""
+        old_dir = self._union.directory(parent_inode_old)
+        new_dir = self._union.directory(parent_inode_new)
+        await self._settled(self._union.dirs.rename, old_dir, name_old, new_dir, name_new, flags)
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file; the handle is the number of a descriptor of its data."""
+        kill = bool(flags & os.O_TRUNC) and native.kill_suidgid(ctx.uid)
+        node = self._union.node(inode)
+        fd = await self._settled(self._union.open_file, node, flags, kill_suidgid=kill)
+        return FileInfo(fh=fd, keep_cache=True)
+
+    @handler
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Create a file and open it."""
+        parent = self._union.directory(parent_inode)
+        node, st, fd = await self._settled(
+            self._union.create_file, parent, name, mode, flags, self._caller(ctx)
+        )
+        return FileInfo(fh=fd, keep_cache=True), self._made(node, st)
+
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read from an open file; with the native layer this is served there."""
+        return os.pread(fh, size, off)
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write to an open file; with the native layer this is served there."""
+        done = os.pwrite(fh, buf, off)
+        # Without the native layer nobody says who writes, and the kernel leaves suid and sgid to us.
+        clear_suidgid(fh)
+        return done
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        """Nothing is kept back, so the kernel need not ask again."""
+        raise FUSEError(errno.ENOSYS)
+
+    @handler
+    async def release(self, fh: int) -> None:
+        """Close an open file."""
+        self._union.close_file(fh)
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Make a file durable, off the loop."""
+        if self._union.syncable(fh):
+            await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fh)
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Make a directory's entries durable, off the loop."""
+        fd = self._union.open_for_sync(self._dir_handles[fh].node)
+        if fd >= 0:
+            try:
+                await trio.to_thread.run_sync(os.fsync, fd)
+            finally:
+                os.close(fd)
+
+    # -- directories --------------------------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open a directory."""
+        node = self._union.directory(inode)
+        self._serial += 1
+        self._dir_handles[self._serial] = DirHandle(node)
+        return self._serial
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        """Close a directory."""
+        del self._dir_handles[fh]
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then counted on."""
+        handle = self._dir_handles[fh]
+        node = handle.node
+        for position, name in ((1, b"."), (2, b"..")):
+            if start_id < position:
+                of = node if position == 1 or node.parent is None else node.parent
+                if not pyfuse3.readdir_reply(token, name, self._bare(of.ino, stat.S_IFDIR), position):
+                    return
+        for position, entry in self._union.read_entries(handle, max(start_id - 2, 0)):
+            if not self._reply_entry(token, node, entry.name, entry.kind, position + 2):
+                return
+
+    def _reply_entry(
+        self, token: pyfuse3.ReaddirToken, parent: Dir, name: bytes, kind: int, position: int
+    ) -> bool:
+        try:
+            looked = self._tree.look(parent, name)
+        except OSError:
+            # Listed all the same: whoever asks for it gets the error.
+            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, kind << _DT_SHIFT), position)
+        if looked is None:
+            return True  # gone since the listing was made
+        node, st = looked
+        if not pyfuse3.readdir_reply(token, name, self._entry(node, st), position):
+            self._tree.forget(node, 0)
+            return False
+        node.nlookup += 1
+        return True
+
+    def _bare(self, ino: int, mode: int) -> EntryAttributes:
+        """Build an entry that only has a number and a type: node id 0 tells the kernel that there is no more."""
+        attr = EntryAttributes()
+        attr.st_ino = 0 if self._native else ino
+        if self._native:
+            attr.generation = ino
+        attr.st_mode = mode
+        return attr
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Return the file system's figures."""
+        real = self._union.statfs()
+        data = StatvfsData()
+        for field in (
+            "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"
+        ):  # fmt: skip
+            setattr(data, field, getattr(real, field))
+        data.f_namemax = real.f_namemax
+        return data
+
+    # -- extended attributes ------------------------------------------------------------------------------------
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """Return an extended attribute."""
+        return self._union.getxattr(self._union.node(inode), os.fsdecode(name))
+
+    @handler
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        """Return the names of extended attributes."""
+        return [os.fsencode(name) for name in self._union.listxattr(self._union.node(inode))]
+
+    @handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an extended attribute."""
+        await self._settled(self._union.setxattr, self._union.node(inode), os.fsdecode(name), value)
+
+    @handler
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an extended attribute."""
+        await self._settled(self._union.removexattr, self._union.node(inode), os.fsdecode(name))
+
+
+class _Invalidator:
+    """Tells the kernel, from a thread of its own, that the attributes of some inodes have changed."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="invalidate", daemon=True)
+        self.count = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+
+    def put(self, nodes: list[Node]) -> None:
+        """Take over a list of nodes and empty it."""
+        for node in nodes:
+            if node.nlookup:
+                self._queue.put(node.id)
+        nodes.clear()
+
+    def _work(self) -> None:
+        while (node_id := self._queue.get()) is not None:
+            self.count += 1
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(node_id, attr_only=True)

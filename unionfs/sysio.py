@@ -1,0 +1,416 @@
+"""Every raw system call, and the only ctypes of the package.
+
+The rest of the core speaks in *(dirfd, name)*: a descriptor of a directory and one path component, never a
+joined path, so that nothing can be swapped for a symbolic link between two steps and no path is ever too long.
+What the `os` module offers on that form is used directly; this room adds what it lacks: ``renameat2``,
+``openat2``, ``open_tree``, file handles, ``getdents64``, extended attributes of an entry that is not open,
+``utimensat`` with ``UTIME_OMIT``, cloning and hole-preserving copies.
+
+All functions raise plain :class:`OSError` with the errno of the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Callable
+from typing import Final
+
+__all__ = [
+    "RENAME_EXCHANGE",
+    "RENAME_NOREPLACE",
+    "RENAME_WHITEOUT",
+    "UTIME_NOW",
+    "UTIME_OMIT",
+    "chmod_at",
+    "clone_file",
+    "clone_mount",
+    "copy_data",
+    "entry_path",
+    "fd_path",
+    "file_handle",
+    "file_system_uuid",
+    "get_inode_flags",
+    "getdents",
+    "linkat_fd",
+    "make_mount_readonly",
+    "open_by_handle",
+    "open_beneath",
+    "rename",
+    "set_inode_flags",
+    "utimens_at",
+    "utimens_fd",
+]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+UTIME_NOW: Final = (1 << 30) - 1
+UTIME_OMIT: Final = (1 << 30) - 2
+
+AT_FDCWD: Final = -100
+AT_SYMLINK_NOFOLLOW: Final = 0x100
+AT_SYMLINK_FOLLOW: Final = 0x400
+AT_EMPTY_PATH: Final = 0x1000
+
+O_PATH_NOFOLLOW: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+O_PATH_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_NO_SYMLINKS: Final = 0x04
+_RESOLVE_BENEATH: Final = 0x08
+
+# System call numbers that are the same on every architecture (all were added after the tables were unified).
+_SYS_OPEN_TREE: Final = 428
+_SYS_OPENAT2: Final = 437
+_SYS_FCHMODAT2: Final = 452
+
+
+def _fail(name: bytes | None = None) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), name)
+
+
+def fd_path(fd: int) -> bytes:
+    """Return the ``/proc`` name of the object behind *fd*; it works for ``O_PATH`` descriptors too."""
+    return b"/proc/self/fd/%d" % fd
+
+
+def entry_path(dirfd: int, name: bytes) -> bytes:
+    """Return a path for calls that have no ``*at`` form; only its last component can be a symbolic link."""
+    return b"/proc/self/fd/%d/%b" % (dirfd, name)
+
+
+# -- names ------------------------------------------------------------------------------------------------------
+
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_renameat2.restype = ctypes.c_int
+
+
+def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:
+    """Rename with the flags of ``renameat2(2)``."""
+    if _renameat2(old_fd, old, new_fd, new, flags) != 0:
+        raise _fail(old)
+
+
+_linkat = _libc.linkat
+_linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+
+
+def linkat_fd(fd: int, new_fd: int, new: bytes) -> None:
+    """Give the inode behind *fd* (also ``O_TMPFILE`` or ``O_PATH``) the name *new* in *new_fd*."""
+    if _linkat(AT_FDCWD, fd_path(fd), new_fd, new, AT_SYMLINK_FOLLOW) != 0:
+        raise _fail(new)
+
+
+def open_beneath(root_fd: int, path: bytes, flags: int) -> int:
+    """Open *path* below *root_fd*: no symbolic link, no ``..`` above it, no magic link is followed.
+
+    Mirrors the safety of the kernel's own path walk inside one layer. Paths longer than ``PATH_MAX`` are walked
+    component by component.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+    if len(path) < 4000:
+        fd = _syscall(_SYS_OPENAT2, root_fd, path, how, ctypes.c_size_t(len(how)))
+        if fd >= 0:
+            return int(fd)
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM, errno.ENAMETOOLONG):
+            raise _fail(path)
+    return _walk_beneath(root_fd, path, flags)
+
+
+def _walk_beneath(root_fd: int, path: bytes, flags: int) -> int:
+    parts = [part for part in path.split(b"/") if part]
+    if not parts or b".." in parts:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+    here = os.dup(root_fd)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, O_PATH_DIR, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(parts[-1], flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def clone_mount(path: bytes) -> int:
+    """Return a descriptor of *path* in a private copy of its mount, without the mounts below it.
+
+    Mirrors ``clone_private_mount`` that overlayfs uses for its layers: a file system mounted later below or over
+    the layer, our own mount point included, is not seen through it. Needs CAP_SYS_ADMIN in the mount's user
+    namespace; raises :class:`OSError` where that is missing or the kernel is older than 5.2.
+    """
+    fd = _syscall(_SYS_OPEN_TREE, AT_FDCWD, path, 1 | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail(path)
+    return int(fd)
+
+
+_SYS_MOUNT_SETATTR: Final = 442
+_MOUNT_ATTR_RDONLY: Final = 0x01
+_MOUNT_ATTR_NOATIME: Final = 0x10
+_MOUNT_ATTR__ATIME: Final = 0x70
+
+
+def make_mount_readonly(fd: int) -> bool:
+    """Make a private mount from :func:`clone_mount` read-only and noatime, as overlayfs does with its lowers."""
+    attr = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
+    return bool(_syscall(_SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))) == 0)
+
+
+# -- metadata ---------------------------------------------------------------------------------------------------
+
+_fchmodat2_works = True
+
+
+def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
+    """Set the permission bits of an entry that is not a symbolic link, without following one."""
+    global _fchmodat2_works
+    if _fchmodat2_works:
+        if _syscall(_SYS_FCHMODAT2, dirfd, name, mode, AT_SYMLINK_NOFOLLOW) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM):
+            raise _fail(name)
+        _fchmodat2_works = ctypes.get_errno() != errno.ENOSYS
+    fd = os.open(name, O_PATH_NOFOLLOW, dir_fd=dirfd)
+    try:
+        os.chmod(fd_path(fd), mode)
+    finally:
+        os.close(fd)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
+
+
+_TimespecPair = _Timespec * 2
+_utimensat = _libc.utimensat
+_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+
+
+def _timespec(ns: int | None) -> _Timespec:
+    if ns is None:
+        return _Timespec(0, UTIME_OMIT)
+    return _Timespec(ns // 1_000_000_000, ns % 1_000_000_000)
+
+
+def utimens_at(
+    dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False
+) -> None:
+    """Set times in nanoseconds; None leaves one as it is. A symbolic link itself is changed unless *follow*."""
+    times = _TimespecPair(_timespec(atime_ns), _timespec(mtime_ns))
+    if _utimensat(dirfd, name, ctypes.byref(times), 0 if follow else AT_SYMLINK_NOFOLLOW) != 0:
+        raise _fail(name)
+
+
+def utimens_fd(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """Like :func:`utimens_at` for an object behind a descriptor, ``O_PATH`` ones included."""
+    utimens_at(AT_FDCWD, fd_path(fd), atime_ns, mtime_ns, follow=True)
+
+
+_FS_IOC_GETFLAGS: Final = 0x80086601
+_FS_IOC_SETFLAGS: Final = 0x40086602
+
+
+def get_inode_flags(fd: int) -> int:
+    """Return the ``FS_*_FL`` flags of an open file; 0 where the file system has none."""
+    buffer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, buffer)
+    except OSError as exc:
+        if exc.errno in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            return 0
+        raise
+    return int(struct.unpack_from("I", buffer)[0])
+
+
+def set_inode_flags(fd: int, flags: int) -> None:
+    """Set the ``FS_*_FL`` flags of an open file."""
+    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("L", flags))
+
+
+# -- file handles and file system identity ----------------------------------------------------------------------
+
+_name_to_handle_at = getattr(_libc, "name_to_handle_at", None)
+_open_by_handle_at = getattr(_libc, "open_by_handle_at", None)
+_MAX_HANDLE: Final = 128
+
+
+def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
+    """Return (type, bytes) of the file handle of an entry, or of *dirfd* itself when *name* is empty.
+
+    Raises EOPNOTSUPP where the file system exports no handles.
+    """
+    if _name_to_handle_at is None:
+        raise OSError(errno.ENOSYS, "name_to_handle_at is missing")
+    buffer = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE, 0), 8 + _MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    flags = 0 if name else AT_EMPTY_PATH
+    if _name_to_handle_at(dirfd, name, buffer, ctypes.byref(mount_id), flags) != 0:
+        raise _fail(name)
+    size, kind = struct.unpack_from("Ii", buffer)
+    return kind, buffer.raw[8 : 8 + size]
+
+
+def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int = os.O_PATH) -> int:
+    """Open the inode of a file handle on the file system of *mount_fd*; ESTALE when it is gone."""
+    if _open_by_handle_at is None:
+        raise OSError(errno.ENOSYS, "open_by_handle_at is missing")
+    buffer = struct.pack("Ii", len(handle), kind) + handle
+    fd = _open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail()
+    return int(fd)
+
+
+_FS_IOC_GETFSUUID: Final = 0x80111500
+_EXT4_IOC_GETFSUUID: Final = 0x8008662C
+_XFS_IOC_FSGEOMETRY: Final = 0x8100587E
+_BTRFS_IOC_FS_INFO: Final = 0x8400941F
+
+
+def file_system_uuid(dirfd: int) -> bytes:
+    """Return the 16 bytes of the super block's UUID as the kernel keeps them; zeros when there is none.
+
+    FS_IOC_GETFSUUID exists since Linux 6.9; before, ext4, xfs and btrfs have calls of their own.
+    """
+    try:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+    except PermissionError:
+        return bytes(16)
+    try:
+        for probe in (_uuid_generic, _uuid_ext4, _uuid_xfs, _uuid_btrfs):
+            try:
+                found = probe(fd)
+            except OSError:
+                continue
+            if found is not None:
+                return found
+        return bytes(16)
+    finally:
+        os.close(fd)
+
+
+def _uuid_generic(fd: int) -> bytes | None:
+    buffer = bytearray(17)
+    fcntl.ioctl(fd, _FS_IOC_GETFSUUID, buffer)
+    return bytes(buffer[1:17]) if buffer[0] == 16 else None
+
+
+def _uuid_ext4(fd: int) -> bytes | None:
+    buffer = bytearray(struct.pack("II", 16, 0) + bytes(16))
+    fcntl.ioctl(fd, _EXT4_IOC_GETFSUUID, buffer)
+    return bytes(buffer[8:24])
+
+
+def _uuid_xfs(fd: int) -> bytes | None:
+    buffer = bytearray(256)
+    fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY, buffer)
+    return bytes(buffer[64:80])
+
+
+def _uuid_btrfs(fd: int) -> bytes | None:
+    buffer = bytearray(1024)
+    fcntl.ioctl(fd, _BTRFS_IOC_FS_INFO, buffer)
+    return bytes(buffer[16:32])
+
+
+# -- listing ----------------------------------------------------------------------------------------------------
+
+_getdents64 = _libc.getdents64
+_getdents64.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_getdents64.restype = ctypes.c_ssize_t
+_DIRENT = struct.Struct("<QqHB") if sys.byteorder == "little" else struct.Struct(">QqHB")
+_GETDENTS_BUFFER: Final = 256 * 1024
+
+
+def getdents(fd: int) -> list[tuple[bytes, int, int]]:
+    """Return (name, inode number, ``DT_*`` type) of every entry of an open directory but ``.`` and ``..``."""
+    buffer = ctypes.create_string_buffer(_GETDENTS_BUFFER)
+    unpack = _DIRENT.unpack_from
+    entries: list[tuple[bytes, int, int]] = []
+    os.lseek(fd, 0, os.SEEK_SET)
+    while (size := _getdents64(fd, buffer, _GETDENTS_BUFFER)) > 0:
+        data = ctypes.string_at(buffer, size)
+        at = 0
+        while at < size:
+            ino, _, length, kind = unpack(data, at)
+            name = data[at + 19 : data.index(b"\0", at + 19)]
+            if name != b"." and name != b"..":
+                entries.append((name, ino, kind))
+            at += length
+    if size < 0:
+        raise _fail()
+    return entries
+
+
+# -- data -------------------------------------------------------------------------------------------------------
+
+_FICLONE: Final = 0x40049409
+_COPY_CHUNK: Final = 1 << 20
+_NO_CLONE: Final = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY))
+
+
+def clone_file(source: int, target: int) -> bool:
+    """Reflink all of *source* into *target*; False where the file systems can't."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as exc:
+        if exc.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def copy_data(source: int, target: int, size: int, progress: Callable[[int], bool] | None = None) -> None:
+    """Copy the first *size* bytes: as a reflink, else with ``copy_file_range``, else by reading and writing.
+
+    Holes stay holes (mirrors ``ovl_copy_up_file``). *target* must be empty or hold nothing of value; it ends with
+    exactly *size* bytes. *progress*, called with the offset reached, may return False to stop early.
+    """
+    if size and clone_file(source, target):
+        if os.fstat(target).st_size != size:
+            os.ftruncate(target, size)
+        return
+    os.ftruncate(target, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return
+            raise
+        end = min(os.lseek(source, at, os.SEEK_HOLE), size)
+        while at < end:
+            done = _copy_range(source, target, at, min(end - at, _COPY_CHUNK))
+            if not done:
+                return
+            at += done
+            if progress is not None and not progress(at):
+                return
+
+
+def _copy_range(source: int, target: int, offset: int, count: int) -> int:
+    try:
+        done = os.copy_file_range(source, target, count, offset, offset)
+        if done:
+            return done
+    except OSError as exc:
+        if exc.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EIO):
+            raise
+    data = os.pread(source, count, offset)
+    at = 0
+    while at < len(data):
+        at += os.pwrite(target, data[at:], offset + at)
+    return len(data)

@@ -1,0 +1,349 @@
+"""The facade: a union as a set of synchronous operations on nodes, in plain types.
+
+It knows neither pyfuse3 nor trio and can be used on directories without a mount. All of it runs in one thread; each
+operation is atomic to the others, since nothing here awaits. There are no locks to order. The one thing that may run
+elsewhere is the data of a :class:`~unionfs.copyup.DataCopy`, during which the node's ``job`` keeps other changes of
+that node away.
+
+Operations raise plain :class:`OSError`, and :class:`~unionfs.copyup.DataCopyPending` before anything was changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from unionfs import index, sysio
+from unionfs.config import MountConfig
+from unionfs.copyup import CopyUp
+from unionfs.dirfds import DirFds
+from unionfs.dirops import Caller, DirOps
+from unionfs.errors import LayerError
+from unionfs.inodes import META, Dir, InodeTable, Node
+from unionfs.layers import LayerStack
+from unionfs.listing import Lister
+from unionfs.markers import Format
+from unionfs.merge import Entry
+from unionfs.resolve import Resolver
+from unionfs.tree import Tree
+from unionfs.workdir import WorkDir
+
+log = logging.getLogger(__name__)
+
+_WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_SUID_SGID: Final = stat.S_ISUID | stat.S_ISGID
+
+
+class Changes(NamedTuple):
+    """What :meth:`Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+
+
+class DirHandle:
+    """An open directory: its listing as it was when reading began."""
+
+    __slots__ = ("entries", "node")
+
+    def __init__(self, node: Dir) -> None:
+        self.node = node
+        self.entries: list[Entry] | None = None
+
+
+class Union:
+    """One union. Create it with :meth:`open`."""
+
+    def __init__(self, config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format, index_fd: int) -> None:
+        self.config = config
+        self.fmt = fmt
+        self.layers = layers
+        self.work = work
+        self.inodes = InodeTable()
+        for layer in (layers.upper, *layers.lowers):
+            self.inodes.know_device(layer.device if layer is not None else -1)
+        self.dirfds = DirFds(layers, _descriptor_room(len(layers.by_index)))
+        resolver = Resolver(config, layers, self.dirfds, fmt, self.inodes, index_fd)
+        self.resolver = resolver
+        self.tree = Tree(config, layers, self.dirfds, self.inodes, resolver, work, fmt)
+        self.up = CopyUp(self.tree, metacopy=config.metacopy, volatile=config.volatile)
+        self.lister = Lister(self.tree)
+        self.dirs = DirOps(config, self.tree, self.up, self.lister)
+        self.open_files: dict[int, Node] = {}
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: MountConfig) -> Union:
+        """Open the layers of *config* and prepare the work directory.
+
+        Raises LayerError and BusyError for layers that can't be used.
+        """
+        layers = LayerStack.open(config)
+        work: WorkDir | None = None
+        try:
+            userxattr = config.userxattr if config.userxattr is not None else not _may_set_trusted(layers)
+            config = config.with_userxattr(userxattr)
+            fmt = Format(userxattr=userxattr)
+            if layers.upper is not None and not config.read_only and config.work is not None:
+                work = WorkDir(os.dup(layers.work_fd), fmt)
+                work.prepare(config.work, config.whiteout, volatile=config.volatile)
+                layers.upper.wh_files = work.whiteout_form == "wh"
+                index.set_uuid(layers, fmt, config.uuid)
+            index_fd = _open_index(config, layers, work, fmt)
+            union = cls(config, layers, work, fmt, index_fd)
+            if work is not None and index_fd >= 0:
+                index.clean(union.resolver, work, fmt)
+        except OSError as exc:
+            _close(layers, work)
+            raise LayerError(f"{config.upper or config.lowers[0]}: can't prepare the layers: {exc.strerror}") from exc
+        except BaseException:
+            _close(layers, work)
+            raise
+        return union
+
+    def close(self) -> None:
+        """Close every descriptor; the locks on the layers go with them."""
+        if self._closed:
+            return
+        self._closed = True
+        for fd in self.open_files:
+            os.close(fd)
+        self.open_files.clear()
+        for node in list(self.inodes.nodes.values()):
+            self.tree.bury(node)
+        _close(self.layers, self.work)
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def node(self, node_id: int) -> Node:
+        """Return a living node; raises ESTALE for an id that is not known."""
+        try:
+            return self.inodes.nodes[node_id]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def directory(self, node_id: int) -> Dir:
+        """Return a living directory; raises ENOTDIR for another node."""
+        node = self.node(node_id)
+        if not isinstance(node, Dir):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return node
+
+    def readlink(self, node: Node) -> bytes:
+        """Return the target of a symbolic link."""
+        if node.anchor >= 0:
+            return os.readlink(b"", dir_fd=node.anchor)
+        dirfd, name = self.tree.place(node)
+        return os.readlink(name, dir_fd=dirfd)
+
+    def read_entries(self, handle: DirHandle, start: int) -> Iterator[tuple[int, Entry]]:
+        """Yield (position of the next entry, entry) from *start*; 0 reads the directory anew."""
+        if start == 0 or handle.entries is None:
+            handle.entries = self.lister.entries(handle.node) if handle.node.parent is not None or handle.node.stack else []
+        entries = handle.entries
+        for at in range(start, len(entries)):
+            yield at + 1, entries[at]
+
+    def statfs(self) -> os.statvfs_result:
+        """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""
+        return os.fstatvfs((self.layers.upper or self.layers.lowers[0]).fd)
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def open_file(self, node: Node, flags: int, *, kill_suidgid: bool = False) -> int:
+        """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
+        if node.is_dir:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if flags & _WRITE:
+            self.up.node(node, data=True, size=0 if flags & os.O_TRUNC else None)
+        if self.config.volatile:
+            flags &= ~(os.O_SYNC | os.O_DSYNC)
+        fd = self.tree.open_real(node, flags)
+        if flags & os.O_TRUNC and kill_suidgid:
+            clear_suidgid(fd)
+        self._opened(node, fd)
+        return fd
+
+    def _opened(self, node: Node, fd: int) -> None:
+        self.open_files[fd] = node
+        if node.handles is None:
+            node.handles = [fd]
+        else:
+            node.handles.append(fd)
+
+    def create_file(
+        self, parent: Dir, name: bytes, mode: int, flags: int, who: Caller
+    ) -> tuple[Node, os.stat_result, int]:
+        """Create a regular file and open it."""
+        if self.config.volatile:
+            flags &= ~(os.O_SYNC | os.O_DSYNC)
+        node, st, fd = self.dirs.create(parent, name, mode, flags, who)
+        self._opened(node, fd)
+        return node, st, fd
+
+    def close_file(self, fd: int) -> None:
+        """Close an open file."""
+        node = self.open_files.pop(fd)
+        assert node.handles is not None
+        node.handles.remove(fd)
+        if not node.handles:
+            node.handles = None
+        os.close(fd)
+        if node.nlookup <= 0:
+            self.tree.forget(node, 0)
+
+    def syncable(self, fd: int) -> bool:
+        """Tell whether fsync of an open file has anything to do."""
+        return not self.config.volatile and self.open_files[fd].is_upper
+
+    def open_for_sync(self, node: Dir) -> int:
+        """Return a descriptor for syncing a directory's upper part, -1 where there is nothing to sync."""
+        if self.config.volatile or not node.is_upper:
+            return -1
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfds.upper(node))
+
+    # -- attributes ---------------------------------------------------------------------------------------------
+
+    def setattr(self, node: Node, changes: Changes, fd: int = -1, *, kill_suidgid: bool = False) -> os.stat_result:
+        """Change attributes; *fd* is an open handle that a truncation came through."""
+        self.up.node(node, data=changes.size is not None, size=changes.size)
+        path, follow = self.tree.path(node), self.tree.follow(node)
+        if changes.size is not None:
+            self._truncate(node, fd, changes.size, kill_suidgid=kill_suidgid)
+        if changes.uid is not None or changes.gid is not None:
+            uid = -1 if changes.uid is None else changes.uid
+            gid = -1 if changes.gid is None else changes.gid
+            os.chown(path, uid, gid, follow_symlinks=follow)
+        if changes.mode is not None:
+            self._chmod(node, changes.mode)
+        if changes.atime is not None or changes.mtime is not None:
+            if follow:
+                sysio.utimens_at(sysio.AT_FDCWD, path, changes.atime, changes.mtime, follow=True)
+            else:
+                dirfd, name = self.tree.place(node)
+                sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
+        return self.tree.stat(node)
+
+    def _chmod(self, node: Node, mode: int) -> None:
+        bits = stat.S_IMODE(mode)
+        if self.tree.follow(node):
+            os.chmod(self.tree.path(node), bits)
+        else:
+            dirfd, name = self.tree.place(node)
+            sysio.chmod_at(dirfd, name, bits)
+
+    def _truncate(self, node: Node, fd: int, size: int, *, kill_suidgid: bool) -> None:
+        mine = fd < 0 or fd not in self.open_files
+        if mine:
+            fd = self.tree.open_real(node, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size)
+            if kill_suidgid:
+                clear_suidgid(fd)
+        finally:
+            if mine:
+                os.close(fd)
+
+    def getxattr(self, node: Node, name: str) -> bytes:
+        """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""
+        return os.getxattr(self.tree.path(node), self.fmt.to_disk(name), follow_symlinks=self.tree.follow(node))
+
+    def listxattr(self, node: Node) -> list[str]:
+        """Return the names of the extended attributes that users may see."""
+        try:
+            names = os.listxattr(self.tree.path(node), follow_symlinks=self.tree.follow(node))
+        except OSError as exc:
+            if exc.errno == errno.EOPNOTSUPP:
+                return []
+            raise
+        return [shown for name in names if (shown := self.fmt.to_user(name)) is not None]
+
+    def setxattr(self, node: Node, name: str, value: bytes) -> None:
+        """Set an extended attribute."""
+        self.up.node(node, data=False)
+        disk = self.fmt.to_disk(name)
+        if len(os.fsencode(disk)) > 255:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        os.setxattr(self.tree.path(node), disk, value, follow_symlinks=self.tree.follow(node))
+
+    def removexattr(self, node: Node, name: str) -> None:
+        """Remove an extended attribute; a lower object that hasn't got it isn't copied up (ENODATA)."""
+        disk = self.fmt.to_disk(name)
+        if not node.is_upper:
+            os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+        self.up.node(node, data=False)
+        os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+
+    def is_metacopy(self, node: Node) -> bool:
+        """Tell whether a node's data is still in a lower layer while its metadata is in upper."""
+        return bool(node.flags & META)
+
+
+def clear_suidgid(fd: int) -> None:
+    """Clear set-user-id, and set-group-id of a group-executable file (``setattr_should_drop_suidgid``)."""
+    mode = os.fstat(fd).st_mode
+    drop = mode & stat.S_ISUID | (stat.S_ISGID if mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP else 0)
+    if drop:
+        os.fchmod(fd, stat.S_IMODE(mode) & ~drop)
+
+
+def _descriptor_room(layers: int) -> int:
+    """Return how many descriptors directories may keep: half of what the process may have, bounded."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16 * layers, min(soft // 2, 16384))
+
+
+def _may_set_trusted(layers: LayerStack) -> bool:
+    """Tell whether ``trusted.*`` attributes can be used: it takes CAP_SYS_ADMIN in the first user namespace."""
+    fd = layers.work_fd
+    if fd < 0:
+        return os.geteuid() == 0 and _in_first_user_namespace()
+    name = "trusted.overlay.probe"
+    try:
+        os.setxattr(sysio.fd_path(fd), name, b"")
+        os.removexattr(sysio.fd_path(fd), name)
+    except OSError as exc:
+        return exc.errno not in (errno.EPERM, errno.EACCES)
+    return True
+
+
+def _in_first_user_namespace() -> bool:
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            return lines.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def _open_index(config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format) -> int:
+    """Return the descriptor of the index directory, -1 where there is no index."""
+    if work is None or not config.index or not layers.lowers:
+        return -1
+    if not index.usable(layers):
+        if "index" in config.explicit:
+            log.warning("index=on needs file handles on every layer: hard links of lower files will be separated")
+        return -1
+    work.open_index()
+    if index.belongs(layers, work, fmt, uuid=config.uuid != "off"):
+        return work.index_fd
+    if "index" in config.explicit:
+        raise LayerError(
+            f"the index in {config.work} was made with other layers: mount those, or pass -o index=off"
+        )
+    log.warning("the index in %s was made with other layers and is not used", config.work)
+    return -1
+
+
+def _close(layers: LayerStack, work: WorkDir | None) -> None:
+    if work is not None:
+        work.close()
+    layers.close()

@@ -1,0 +1,205 @@
+"""Unmounting: only our own mounts, until the daemon is gone, and with a word on who keeps a mount busy.
+
+The kernel alone decides whether a mount is busy. When it says so, the holders are looked for in /proc
+without a single access to the mount itself, which may not answer: descriptors by the mount id in their
+fdinfo, mapped files by device number, working and root directories and programs by their path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from dataclasses import dataclass
+
+from unionfs import control
+from unionfs.control import Entry, Record, State
+from unionfs.errors import BusyError, EnvironmentUnfit, MountFailed, UsageError
+from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, read_mounts
+
+# How long an unmounted daemon may take to finish, in seconds.
+END_SECONDS = 120.0
+
+# How many holders a message names.
+SHOWN_HOLDERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What keeps a mount busy: process `pid` by `how`, or, with pid 0, a mount on top of it."""
+
+    pid: int
+    name: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid}, {self.how})" if self.pid else self.how
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
+    """Unmount the union on `mountpoint` and wait until its daemon has ended; a dead mount is cleared.
+
+    With `lazy` the mount leaves the tree at once and ends when its last user lets go. The result is a line
+    to show, if there is something to say.
+
+    Raises UsageError if nothing of ours is mounted there, BusyError if it is in use, MountFailed if it
+    can't be unmounted.
+    """
+    path = _resolve(mountpoint)
+    mount = mounted_at(path)
+    if mount is None:
+        return _clear_record(path)
+    if mount.fstype != FUSE_TYPE:
+        raise UsageError(f"{path} is a mount of type {mount.fstype}, not a union: use umount(8)")
+    entry = _entry_of(mount)
+    dead = entry.state is State.DEAD
+    if entry.record is None and not dead:
+        raise UsageError(_unknown_line(mount))
+    in_use = lazy and bool(holders(mount))
+    error = _detach(path, lazy=lazy or dead)
+    if error is not None:
+        raise _explain(mount, error)
+    if dead:
+        control.remove(entry.path)
+        return f"cleared the dead mount on {path}"
+    if entry.record is not None:
+        return _await_end(entry.record, in_use)
+    return None
+
+
+def _resolve(mountpoint: str) -> str:
+    """Return the mount point's real path without touching the mount itself, which may hang or be dead."""
+    if not mountpoint:
+        raise UsageError("empty path")
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    path = os.path.join(os.path.realpath(parent), name)
+    return path if mounted_at(path) else os.path.realpath(path)
+
+
+def _entry_of(mount: Mount) -> Entry:
+    for entry in control.entries():
+        if entry.mount is not None and entry.mount.dev == mount.dev:
+            return entry
+    return Entry(State.UNKNOWN, mount.mountpoint, None, mount)
+
+
+def _clear_record(path: str) -> str:
+    """Nothing is mounted there; reading the entries has removed a record that a killed daemon left."""
+    before = {record.mountpoint for record in control.all_records()}
+    remaining = {entry.mountpoint: entry for entry in control.entries()}
+    if path in remaining:
+        raise MountFailed(
+            f"the union on {path} is mounted in another mount namespace, or detached and still in use"
+        )
+    if path in before:
+        return f"cleared what a dead daemon left of {path}"
+    raise UsageError(f"nothing is mounted on {path}")
+
+
+def _unknown_line(mount: Mount) -> str:
+    if mount.user_id not in (None, os.geteuid()):
+        return (
+            f"{mount.mountpoint} was mounted by user {mount.user_id}: only that user or root can unmount it"
+        )
+    return f"{mount.mountpoint} has no state file, it may be another program's (unionfs-fuse): use umount(8)"
+
+
+def _detach(path: str, *, lazy: bool) -> str | None:
+    """Unmount by umount(8), or fusermount3 for an ordinary user; return the error's text, None when done."""
+    if os.geteuid() == 0:
+        command = ["umount", "-i", "-c", *(["-l"] if lazy else []), "--", path]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | {"LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError:
+        raise EnvironmentUnfit(f"no {command[0]}: install the package that has it") from None
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"{command[0]} failed"])[-1]
+
+
+def _explain(mount: Mount, error: str) -> BusyError | MountFailed:
+    if "busy" not in error:
+        return MountFailed(f"can't unmount {mount.mountpoint}: {error}")
+    found = holders(mount)
+    shown = ", ".join(str(holder) for holder in found[:SHOWN_HOLDERS])
+    more = f" and {len(found) - SHOWN_HOLDERS} more" if len(found) > SHOWN_HOLDERS else ""
+    by = f"used by {shown}{more}" if found else "by a process that this user may not see"
+    return BusyError(f"{mount.mountpoint} is busy, {by}: end them, or use --lazy")
+
+
+def _await_end(record: Record, in_use: bool) -> str | None:
+    if in_use:
+        return f"detached; daemon {record.pid} ends when the last user lets go"
+    if record.is_ours_to_judge() and not control.wait_gone(record, END_SECONDS):
+        raise MountFailed(f"unmounted, but daemon {record.pid} still runs after {END_SECONDS:.0f} seconds")
+    return None
+
+
+# --- holders --------------------------------------------------------------------------------------
+
+
+def holders(mount: Mount) -> list[Holder]:
+    """Return who keeps `mount` busy, as far as this user may see: mounts on it first, then processes."""
+    found = [
+        Holder(0, "", f"the mount on {other.mountpoint}")
+        for other in read_mounts()
+        if other.parent_id == mount.mount_id
+    ]
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            # The process may end while it is looked at, and other users' are closed to us.
+            with contextlib.suppress(OSError):
+                how = _how_held(name, mount)
+                if how is not None:
+                    found.append(Holder(int(name), _process_name(name), how))
+    return found
+
+
+def _process_name(pid: str) -> str:
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
+
+
+def _how_held(pid: str, mount: Mount) -> str | None:
+    """Return how process `pid` uses `mount`, None if it doesn't."""
+    for link, what in (("cwd", "working directory"), ("root", "root directory"), ("exe", "program")):
+        target = os.readlink(f"/proc/{pid}/{link}")
+        if _is_below(target, mount.mountpoint):
+            return f"{what} {target}"
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if _fd_mount(pid, fd) == mount.mount_id:
+                return f"open file {os.readlink(f'/proc/{pid}/fd/{fd}')}"
+    return _mapped_file(pid, mount.dev)
+
+
+def _is_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(top.rstrip("/") + "/")
+
+
+def _fd_mount(pid: str, fd: str) -> int | None:
+    with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"mnt_id:"):
+                return int(line[7:])
+    return None
+
+
+def _mapped_file(pid: str, dev: str) -> str | None:
+    major, minor = map(int, dev.split(":"))
+    device = b"%02x:%02x" % (major, minor)
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        for line in file:
+            fields = line.split(None, 5)
+            if fields[3] == device:
+                return f"mapped file {os.fsdecode(fields[5].strip())}"
+    return None
