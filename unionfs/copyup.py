@@ -120,7 +120,7 @@ class CopyUp:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return self.tree.work
 
-    # -- what operations ask for --------------------------------------------------------------------------------
+    # -- what operations ask for --
 
     def idle(self, node: Node) -> None:
         """Make sure that no copy of this node is under way; raises DataCopyPending."""
@@ -168,7 +168,7 @@ class CopyUp:
         except FileNotFoundError:
             self._link_up(node, parent, name)
 
-    # -- directories and special files --------------------------------------------------------------------------
+    # -- directories and special files --
 
     def _copy_directory(self, node: Dir) -> None:
         parent = node.parent
@@ -217,7 +217,7 @@ class CopyUp:
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
             self._place(node, st, target, work.fd, temp, follow=False)
 
-    # -- regular files ------------------------------------------------------------------------------------------
+    # -- regular files --
 
     def _copy_regular(self, node: Node, *, data: bool, size: int | None) -> None:
         parent = node.parent
@@ -322,7 +322,7 @@ class CopyUp:
             os.dup2(fresh, fd, inheritable=False)
             os.close(fresh)
 
-    # -- steps --------------------------------------------------------------------------------------------------
+    # -- steps --
 
     def _place(self, node: Node, st: os.stat_result, path: bytes, fd: int, name: bytes | None, *, follow: bool) -> None:
         """Give a finished object its origin and its place. *fd* is the object, or the work directory of *name*."""
@@ -357,7 +357,9 @@ class CopyUp:
     def _keep_nameless(self, node: Node, fd: int, name: bytes | None) -> None:
         """A file that has no name any more lives on in its upper copy as long as it is open."""
         work = self._work()
-        anchor = os.open(sysio.fd_path(fd) if name is None else sysio.entry_path(work.fd, name), os.O_PATH | os.O_CLOEXEC)
+        anchor = os.open(
+            sysio.fd_path(fd) if name is None else sysio.entry_path(work.fd, name), os.O_PATH | os.O_CLOEXEC
+        )
         if name is not None:
             os.unlink(name, dir_fd=work.fd)
         if node.anchor >= 0:
@@ -434,7 +436,14 @@ class CopyUp:
         return value
 
     def _copy_metadata(
-        self, source: bytes, st: os.stat_result, target: bytes, *, follow_source: bool, follow: bool, fd: int = -1
+        self,
+        source: bytes,
+        st: os.stat_result,
+        target: bytes,
+        *,
+        follow_source: bool,
+        follow: bool,
+        fd: int = -1,
     ) -> None:
         """Copy owner, then attributes and ACLs; mode and times are the caller's, last."""
         new = os.stat(target, follow_symlinks=follow)
@@ -455,9 +464,7 @@ class CopyUp:
                 value = os.getxattr(source, name, follow_symlinks=follow_source)
                 os.setxattr(target, name, value, follow_symlinks=follow)
             except OSError as exc:
-                if exc.errno == errno.ENODATA or (
-                    exc.errno == errno.EOPNOTSUPP and not name.startswith(_MUST_COPY)
-                ):
+                if exc.errno == errno.ENODATA or (exc.errno == errno.EOPNOTSUPP and not name.startswith(_MUST_COPY)):
                     continue
                 raise
 

@@ -50,7 +50,9 @@ class DirOps:
         self._lister = lister
         self._can_redirect = config.redirect_dir == "on"
         # ovl_allow_offline_changes: with any of these a lower may not change while unmounted either.
-        self._mark_new_dirs = self._can_redirect or config.metacopy or tree.resolver.index_fd >= 0 or config.xino == "on"
+        self._mark_new_dirs = (
+            self._can_redirect or config.metacopy or tree.resolver.index_fd >= 0 or config.xino == "on"
+        )
         self._uid, self._gid = os.geteuid(), os.getegid()
 
     def _work(self) -> WorkDir:
@@ -58,7 +60,7 @@ class DirOps:
             raise _error(errno.EROFS)
         return self._tree.work
 
-    # -- create -------------------------------------------------------------------------------------------------
+    # -- create --
 
     def create(self, parent: Dir, name: bytes, mode: int, flags: int, who: Caller) -> tuple[Node, os.stat_result, int]:
         """Create a regular file and open it; return its node, stat result and descriptor."""
@@ -120,12 +122,12 @@ class DirOps:
         if len(name) > 255:
             raise _error(errno.ENAMETOOLONG, name)
 
-    def _made(
-        self, parent: Dir, upper: int, name: bytes, made: _Maker, *, opaque: bool
-    ) -> tuple[Node, os.stat_result]:
+    def _made(self, parent: Dir, upper: int, name: bytes, made: _Maker, *, opaque: bool) -> tuple[Node, os.stat_result]:
         st = os.fstat(made.fd) if made.fd >= 0 else os.stat(name, dir_fd=upper, follow_symlinks=False)
         device = self._tree.layers.layer(0).device
-        node = self._tree.inodes.add(self._tree.inodes.map_ino(device, st.st_ino), stat.S_IFMT(st.st_mode), parent, name)
+        node = self._tree.inodes.add(
+            self._tree.inodes.map_ino(device, st.st_ino), stat.S_IFMT(st.st_mode), parent, name
+        )
         node.rino = st.st_ino
         node.flags = UPPER | (OPAQUE if opaque else 0)
         if isinstance(node, Dir):
@@ -189,7 +191,7 @@ class DirOps:
             return True
         raise _error(errno.EEXIST, name)
 
-    # -- link ---------------------------------------------------------------------------------------------------
+    # -- link --
 
     def link(self, node: Node, parent: Dir, name: bytes) -> None:
         """Give a file one more name (``ovl_link``)."""
@@ -220,7 +222,7 @@ class DirOps:
         dirfd, name = self._tree.place(node)
         os.link(name, to, src_dir_fd=dirfd, dst_dir_fd=to_fd, follow_symlinks=False)
 
-    # -- remove -------------------------------------------------------------------------------------------------
+    # -- remove --
 
     def unlink(self, parent: Dir, name: bytes) -> None:
         """Remove a name that is no directory's (``ovl_unlink``)."""
@@ -381,7 +383,7 @@ class DirOps:
             sysio.rename(work.fd, temp, upper, name, sysio.RENAME_EXCHANGE)
         work.discard(temp)
 
-    # -- rename -------------------------------------------------------------------------------------------------
+    # -- rename --
 
     def rename(self, old_dir: Dir, old_name: bytes, new_dir: Dir, new_name: bytes, flags: int) -> None:
         """Rename, with the flags of ``renameat2(2)`` (``ovl_rename``).
@@ -421,7 +423,15 @@ class DirOps:
         if exchange and new is not None:
             self._exchange(old, old_dir, old_name, new, new_dir, new_name)
         else:
-            self._replace(old, old_dir, old_name, new, new_dir, new_name, leave_whiteout=bool(flags & sysio.RENAME_WHITEOUT))
+            self._replace(
+                old,
+                old_dir,
+                old_name,
+                new,
+                new_dir,
+                new_name,
+                leave_whiteout=bool(flags & sysio.RENAME_WHITEOUT),
+            )
 
     @staticmethod
     def _check_types(old: Node, new: Node | None, name: bytes, *, exchange: bool) -> None:
@@ -438,7 +448,15 @@ class DirOps:
             raise _error(errno.EXDEV, node.name)
 
     def _replace(
-        self, old: Node, old_dir: Dir, old_name: bytes, new: Node | None, new_dir: Dir, new_name: bytes, *, leave_whiteout: bool
+        self,
+        old: Node,
+        old_dir: Dir,
+        old_name: bytes,
+        new: Node | None,
+        new_dir: Dir,
+        new_name: bytes,
+        *,
+        leave_whiteout: bool,
     ) -> None:
         tree, work = self._tree, self._work()
         last = False

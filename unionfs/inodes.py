@@ -102,7 +102,7 @@ class Dir(Node):
         self.fds: tuple[int, ...] | None = None  # owned by dirfds
         self.stale = False  # renamed: `where` must be found again before the next opening
         self.children: dict[bytes, Node] = {}
-        self.default_acl: bytes | None | bool = False  # False: not looked at yet
+        self.default_acl: bytes | bool | None = False  # False: not looked at yet
 
     @property
     def is_merged(self) -> bool:
@@ -125,7 +125,7 @@ class InodeTable:
         self._odd: dict[tuple[int, int], int] = {}
         self._by_upper: dict[int, Node] = {}
 
-    # -- numbers ------------------------------------------------------------------------------------------------
+    # -- numbers --
 
     def know_device(self, device: int) -> None:
         """Give the next file-system number to an ``st_dev``; the first, which gets plain numbers, is upper's."""
@@ -148,7 +148,7 @@ class InodeTable:
         self._extra += 1
         return _EXTRA_BIT | self._extra
 
-    # -- nodes --------------------------------------------------------------------------------------------------
+    # -- nodes --
 
     def add_root(self, st: os.stat_result) -> Dir:
         """Create the root directory, which is never forgotten."""

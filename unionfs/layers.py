@@ -27,7 +27,18 @@ UPPER_INDEX: Final = 0
 class Layer:
     """One layer: its root directory and what matters of its file system."""
 
-    __slots__ = ("device", "fd", "index", "path", "read_fd", "read_noatime", "root_stat", "uuid", "wh_files", "xwhiteouts")
+    __slots__ = (
+        "device",
+        "fd",
+        "index",
+        "path",
+        "read_fd",
+        "read_noatime",
+        "root_stat",
+        "uuid",
+        "wh_files",
+        "xwhiteouts",
+    )
 
     def __init__(self, index: int, path: str, fd: int) -> None:
         self.index = index
@@ -89,7 +100,9 @@ class LayerStack:
         if work is not None:
             self.work_fd = _open_inside(root, common, work)
             if os.fstat(self.work_fd).st_dev != self.upper.device:
-                raise LayerError(f"work {work} is on another file system than upper {upper}: pass --work DIR beside upper")
+                raise LayerError(
+                    f"work {work} is on another file system than upper {upper}: pass --work DIR beside upper"
+                )
             self._lock(self.work_fd, work, shared=read_only)
 
     def _open_lower(self, path: str) -> Layer:
@@ -121,7 +134,9 @@ class LayerStack:
         except OSError as exc:
             if exc.errno != errno.EWOULDBLOCK:
                 raise
-            raise BusyError(f"{path} is in use by another union mount: unmount that first ('unionfs ls' shows it)") from None
+            raise BusyError(
+                f"{path} is in use by another union mount: unmount that first ('unionfs ls' shows it)"
+            ) from None
 
     def layer(self, index: int) -> Layer:
         """Return the layer with this index."""

@@ -62,7 +62,7 @@ class Lister:
         wh_files = layer.wh_files
         by_xattr = self._may_hold_xattr_whiteouts(layer, fd)
         for name, _, kind in raw:
-            if kind == DT_CHR or kind == DT_UNKNOWN:
+            if kind in (DT_CHR, DT_UNKNOWN):
                 if is_whiteout_device(os.stat(name, dir_fd=fd, follow_symlinks=False)):
                     found.append(name)
             elif kind == DT_REG and (by_xattr or (wh_files and name.startswith(WH_PREFIX))):

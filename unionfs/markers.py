@@ -123,7 +123,17 @@ class Format:
     def __init__(self, *, userxattr: bool) -> None:
         self.prefix = "user.overlay." if userxattr else "trusted.overlay."
         self.escaped = self.prefix + "overlay."
-        for field in ("opaque", "redirect", "metacopy", "origin", "impure", "nlink", "upper", "uuid", "protattr"):
+        for field in (
+            "opaque",
+            "redirect",
+            "metacopy",
+            "origin",
+            "impure",
+            "nlink",
+            "upper",
+            "uuid",
+            "protattr",
+        ):
             setattr(self, field, self.prefix + field)
         self.whiteout = self.prefix + "whiteout"
 

@@ -18,7 +18,7 @@ import os
 import queue
 import stat
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -30,7 +30,6 @@ from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.dirops import Caller
 from unionfs.inodes import META, Dir, Node
-from unionfs.merge import DT_DIR
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ _DT_SHIFT = 12
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Handler = Callable[Concatenate["UnionOperations", P], Awaitable[R]]
+Handler = Callable[Concatenate["UnionOperations", P], Coroutine[Any, Any, R]]
 
 
 def handler(fn: Handler[P, R]) -> Handler[P, R]:
@@ -106,7 +105,7 @@ class UnionOperations(pyfuse3.Operations):
             **{f"native_{name}": value for name, value in native.counters().items()},
         }
 
-    # -- helpers ------------------------------------------------------------------------------------------------
+    # -- helpers --
 
     def _entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """Build the reply for a name; the caller counts the lookup."""
@@ -178,7 +177,7 @@ class UnionOperations(pyfuse3.Operations):
             done.set()
             self._tree.forget(job.node, 0)
 
-    # -- names --------------------------------------------------------------------------------------------------
+    # -- names --
 
     @handler
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -225,9 +224,7 @@ class UnionOperations(pyfuse3.Operations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        st = await self._settled(
-            self._union.setattr, node, changes, -1 if fh is None else fh, kill_suidgid=kill
-        )
+        st = await self._settled(self._union.setattr, node, changes, -1 if fh is None else fh, kill_suidgid=kill)
         return self._attributes(node, st)
 
     @handler
@@ -240,14 +237,10 @@ class UnionOperations(pyfuse3.Operations):
         return self._entry(node, st)
 
     @handler
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         """Create a special or regular file."""
         parent = self._union.directory(parent_inode)
-        return self._made(
-            *await self._settled(self._union.dirs.mknod, parent, name, mode, rdev, self._caller(ctx))
-        )
+        return self._made(*await self._settled(self._union.dirs.mknod, parent, name, mode, rdev, self._caller(ctx)))
 
     @handler
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -256,19 +249,13 @@ class UnionOperations(pyfuse3.Operations):
         return self._made(*await self._settled(self._union.dirs.mkdir, parent, name, mode, self._caller(ctx)))
 
     @handler
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         """Create a symbolic link."""
         parent = self._union.directory(parent_inode)
-        return self._made(
-            *await self._settled(self._union.dirs.symlink, parent, name, target, self._caller(ctx))
-        )
+        return self._made(*await self._settled(self._union.dirs.symlink, parent, name, target, self._caller(ctx)))
 
     @handler
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Give a file one more name."""
         node = self._union.node(inode)
         parent = self._union.directory(new_parent_inode)
@@ -300,7 +287,7 @@ class UnionOperations(pyfuse3.Operations):
         new_dir = self._union.directory(parent_inode_new)
         await self._settled(self._union.dirs.rename, old_dir, name_old, new_dir, name_new, flags)
 
-    # -- files --------------------------------------------------------------------------------------------------
+    # -- files --
 
     @handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -316,9 +303,7 @@ class UnionOperations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Create a file and open it."""
         parent = self._union.directory(parent_inode)
-        node, st, fd = await self._settled(
-            self._union.create_file, parent, name, mode, flags, self._caller(ctx)
-        )
+        node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
         return FileInfo(fh=fd, keep_cache=True), self._made(node, st)
 
     @handler
@@ -360,7 +345,7 @@ class UnionOperations(pyfuse3.Operations):
             finally:
                 os.close(fd)
 
-    # -- directories --------------------------------------------------------------------------------------------
+    # -- directories --
 
     @handler
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
@@ -389,9 +374,7 @@ class UnionOperations(pyfuse3.Operations):
             if not self._reply_entry(token, node, entry.name, entry.kind, position + 2):
                 return
 
-    def _reply_entry(
-        self, token: pyfuse3.ReaddirToken, parent: Dir, name: bytes, kind: int, position: int
-    ) -> bool:
+    def _reply_entry(self, token: pyfuse3.ReaddirToken, parent: Dir, name: bytes, kind: int, position: int) -> bool:
         try:
             looked = self._tree.look(parent, name)
         except OSError:
@@ -427,7 +410,7 @@ class UnionOperations(pyfuse3.Operations):
         data.f_namemax = real.f_namemax
         return data
 
-    # -- extended attributes ------------------------------------------------------------------------------------
+    # -- extended attributes --
 
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:

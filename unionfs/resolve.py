@@ -101,7 +101,13 @@ class Resolver:
     """Looks names up over the layers of one mount."""
 
     def __init__(
-        self, config: MountConfig, layers: LayerStack, dirfds: DirFds, fmt: Format, inodes: InodeTable, index_fd: int
+        self,
+        config: MountConfig,
+        layers: LayerStack,
+        dirfds: DirFds,
+        fmt: Format,
+        inodes: InodeTable,
+        index_fd: int,
     ) -> None:
         self._layers = layers
         self._dirfds = dirfds
@@ -116,7 +122,7 @@ class Resolver:
         self._decodable: list[Layer] = [layer for layer in layers.lowers if can_decode_handles(layer)]
         dirfds.refresh = self.refresh
 
-    # -- the walk -----------------------------------------------------------------------------------------------
+    # -- the walk --
 
     def lookup(self, parent: Dir, name: bytes) -> Found | None:
         """Find *name* in *parent*; None where it does not exist.
@@ -400,7 +406,7 @@ class Resolver:
         """Tell whether file handles of lowers can be opened (CAP_DAC_READ_SEARCH, and a file system that has them)."""
         return bool(self._decodable)
 
-    # -- origin and index ---------------------------------------------------------------------------------------
+    # -- origin and index --
 
     def _finish_file(self, parent: Dir, name: bytes, found: Found) -> None:
         """Find the origin of an upper file, and the index entry of a lower hard link."""
@@ -490,7 +496,7 @@ class Resolver:
         found.stack = [0]
         found.index_name = entry
 
-    # -- for the rest of the core -------------------------------------------------------------------------------
+    # -- for the rest of the core --
 
     def lower_positive(self, parent: Dir, name: bytes) -> bool:
         """Tell whether a lower layer would show *name* if upper had nothing there (``ovl_lower_positive``)."""
@@ -528,7 +534,7 @@ class Resolver:
 
 
 def can_decode_handles(layer: Layer) -> bool:
-    """Tell whether file handles of a layer can be opened: it takes CAP_DAC_READ_SEARCH and a file system that has them."""
+    """Tell whether file handles of a layer can be opened: CAP_DAC_READ_SEARCH, and a file system that has them."""
     if layer.read_fd < 0:
         return False
     try:

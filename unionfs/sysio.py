@@ -38,8 +38,8 @@ __all__ = [
     "getdents",
     "linkat_fd",
     "make_mount_readonly",
-    "open_by_handle",
     "open_beneath",
+    "open_by_handle",
     "rename",
     "set_inode_flags",
     "utimens_at",
@@ -89,7 +89,7 @@ def entry_path(dirfd: int, name: bytes) -> bytes:
     return b"/proc/self/fd/%d/%b" % (dirfd, name)
 
 
-# -- names ------------------------------------------------------------------------------------------------------
+# -- names --
 
 _renameat2 = _libc.renameat2
 _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -168,7 +168,7 @@ def make_mount_readonly(fd: int) -> bool:
     return bool(_syscall(_SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))) == 0)
 
 
-# -- metadata ---------------------------------------------------------------------------------------------------
+# -- metadata --
 
 _fchmodat2_works = True
 
@@ -204,9 +204,7 @@ def _timespec(ns: int | None) -> _Timespec:
     return _Timespec(ns // 1_000_000_000, ns % 1_000_000_000)
 
 
-def utimens_at(
-    dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False
-) -> None:
+def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False) -> None:
     """Set times in nanoseconds; None leaves one as it is. A symbolic link itself is changed unless *follow*."""
     times = _TimespecPair(_timespec(atime_ns), _timespec(mtime_ns))
     if _utimensat(dirfd, name, ctypes.byref(times), 0 if follow else AT_SYMLINK_NOFOLLOW) != 0:
@@ -239,7 +237,7 @@ def set_inode_flags(fd: int, flags: int) -> None:
     fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("L", flags))
 
 
-# -- file handles and file system identity ----------------------------------------------------------------------
+# -- file handles and file system identity --
 
 _name_to_handle_at = getattr(_libc, "name_to_handle_at", None)
 _open_by_handle_at = getattr(_libc, "open_by_handle_at", None)
@@ -325,7 +323,7 @@ def _uuid_btrfs(fd: int) -> bytes | None:
     return bytes(buffer[16:32])
 
 
-# -- listing ----------------------------------------------------------------------------------------------------
+# -- listing --
 
 _getdents64 = _libc.getdents64
 _getdents64.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
@@ -346,7 +344,7 @@ def getdents(fd: int) -> list[tuple[bytes, int, int]]:
         while at < size:
             ino, _, length, kind = unpack(data, at)
             name = data[at + 19 : data.index(b"\0", at + 19)]
-            if name != b"." and name != b"..":
+            if name not in (b".", b".."):
                 entries.append((name, ino, kind))
             at += length
     if size < 0:
@@ -354,7 +352,7 @@ def getdents(fd: int) -> list[tuple[bytes, int, int]]:
     return entries
 
 
-# -- data -------------------------------------------------------------------------------------------------------
+# -- data --
 
 _FICLONE: Final = 0x40049409
 _COPY_CHUNK: Final = 1 << 20
@@ -407,7 +405,14 @@ def _copy_range(source: int, target: int, offset: int, count: int) -> int:
         if done:
             return done
     except OSError as exc:
-        if exc.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EIO):
+        if exc.errno not in (
+            errno.EXDEV,
+            errno.EINVAL,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+            errno.EBADF,
+            errno.EIO,
+        ):
             raise
     data = os.pread(source, count, offset)
     at = 0

@@ -82,7 +82,7 @@ class Tree:
                 root.flags |= IMPURE
         return root
 
-    # -- from names to nodes ------------------------------------------------------------------------------------
+    # -- from names to nodes --
 
     def child(self, parent: Dir, name: bytes) -> Node | None:
         """Return the node of an entry, None where there is none. A node that is new has no lookups yet."""
@@ -170,12 +170,12 @@ class Tree:
             set_impure(parent, self.dirfds.upper(parent), self.fmt, IMPURE)
 
     def origin_value(self, layer_index: int, dirfd: int, name: bytes) -> bytes:
-        """Return the origin attribute of a lower object; empty where it can't be decoded anyway (``ovl_get_origin_fh``)."""
+        """Return the origin attribute of a lower object; empty where nobody could decode it (``ovl_get_origin_fh``)."""
         if not self.resolver.decodes_handles:
             return b""
         return self.resolver.encode_origin(self.layers.layer(layer_index), dirfd, name) or b""
 
-    # -- from nodes to real objects -----------------------------------------------------------------------------
+    # -- from nodes to real objects --
 
     def place(self, node: Node) -> tuple[int, bytes]:
         """Return (dirfd, name) of the real object; the node must have a living name."""
@@ -238,7 +238,7 @@ class Tree:
         finally:
             os.close(fd)
 
-    # -- opening ------------------------------------------------------------------------------------------------
+    # -- opening --
 
     def open_real(self, node: Node, flags: int) -> int:
         """Open the data of a regular file with the access mode and status flags of an ``open(2)``.
@@ -281,7 +281,7 @@ class Tree:
             return os.open(name, flags | os.O_NOFOLLOW, dir_fd=self.dirfds.fd(node.parent, layer))
         return sysio.open_beneath(self.layers.layer(layer).fd, where, flags | os.O_NOFOLLOW)
 
-    # -- names that come and go ---------------------------------------------------------------------------------
+    # -- names that come and go --
 
     def named(self, node: Node, parent: Dir, name: bytes) -> None:
         """A node has one more name, or one again after its known ones were removed."""
@@ -313,7 +313,7 @@ class Tree:
         if isinstance(node, Dir) and len(node.stack) > 1:
             node.stale = True
 
-    # -- letting go ---------------------------------------------------------------------------------------------
+    # -- letting go --
 
     def anchor(self, node: Node) -> None:
         """Keep a file that is about to lose its last name reachable, for those who still have it open."""

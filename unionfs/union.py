@@ -63,7 +63,9 @@ class DirHandle:
 class Union:
     """One union. Create it with :meth:`open`."""
 
-    def __init__(self, config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format, index_fd: int) -> None:
+    def __init__(
+        self, config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format, index_fd: int
+    ) -> None:
         self.config = config
         self.fmt = fmt
         self.layers = layers
@@ -122,7 +124,7 @@ class Union:
             self.tree.bury(node)
         _close(self.layers, self.work)
 
-    # -- looking ------------------------------------------------------------------------------------------------
+    # -- looking --
 
     def node(self, node_id: int) -> Node:
         """Return a living node; raises ESTALE for an id that is not known."""
@@ -148,7 +150,9 @@ class Union:
     def read_entries(self, handle: DirHandle, start: int) -> Iterator[tuple[int, Entry]]:
         """Yield (position of the next entry, entry) from *start*; 0 reads the directory anew."""
         if start == 0 or handle.entries is None:
-            handle.entries = self.lister.entries(handle.node) if handle.node.parent is not None or handle.node.stack else []
+            handle.entries = (
+                self.lister.entries(handle.node) if handle.node.parent is not None or handle.node.stack else []
+            )
         entries = handle.entries
         for at in range(start, len(entries)):
             yield at + 1, entries[at]
@@ -157,7 +161,7 @@ class Union:
         """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""
         return os.fstatvfs((self.layers.upper or self.layers.lowers[0]).fd)
 
-    # -- files --------------------------------------------------------------------------------------------------
+    # -- files --
 
     def open_file(self, node: Node, flags: int, *, kill_suidgid: bool = False) -> int:
         """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
@@ -211,7 +215,7 @@ class Union:
             return -1
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfds.upper(node))
 
-    # -- attributes ---------------------------------------------------------------------------------------------
+    # -- attributes --
 
     def setattr(self, node: Node, changes: Changes, fd: int = -1, *, kill_suidgid: bool = False) -> os.stat_result:
         """Change attributes; *fd* is an open handle that a truncation came through."""
@@ -291,7 +295,9 @@ class Union:
 def clear_suidgid(fd: int) -> None:
     """Clear set-user-id, and set-group-id of a group-executable file (``setattr_should_drop_suidgid``)."""
     mode = os.fstat(fd).st_mode
-    drop = mode & stat.S_ISUID | (stat.S_ISGID if mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP else 0)
+    drop = mode & stat.S_ISUID | (
+        stat.S_ISGID if mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP else 0
+    )
     if drop:
         os.fchmod(fd, stat.S_IMODE(mode) & ~drop)
 
@@ -336,9 +342,7 @@ def _open_index(config: MountConfig, layers: LayerStack, work: WorkDir | None, f
     if index.belongs(layers, work, fmt, uuid=config.uuid != "off"):
         return work.index_fd
     if "index" in config.explicit:
-        raise LayerError(
-            f"the index in {config.work} was made with other layers: mount those, or pass -o index=off"
-        )
+        raise LayerError(f"the index in {config.work} was made with other layers: mount those, or pass -o index=off")
     log.warning("the index in %s was made with other layers and is not used", config.work)
     return -1
 

