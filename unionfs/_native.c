@@ -85,20 +85,42 @@ static struct {
 
 /* ------------------------------------------------------------------ suid, sgid */
 
+/* Whether the caller's groups include one; his supplementary groups are in /proc only. */
+static bool caller_in_group(fuse_req_t req, gid_t group)
+{
+	gid_t few[64], *groups = few;
+	int count;
+	bool found = fuse_req_ctx(req)->gid == group;
+
+	if (found)
+		return true;
+	count = fuse_req_getgroups(req, 64, few);
+	if (count > 64) {
+		groups = malloc((size_t)count * sizeof(*groups));
+		count = groups ? fuse_req_getgroups(req, count, groups) : 0;
+	}
+	for (int i = 0; i < count && !found; i++)
+		found = groups[i] == group;
+	if (groups != few)
+		free(groups);
+	return found;
+}
+
 /*
- * Clear suid, and sgid where the group may execute, as file_remove_privs() does for a caller without CAP_FSETID. The
- * host kernel spares us because the daemon has that capability; security.capability it removes itself. The kernel's
- * copy of the mode is stale then, and exec trusts it: drop it. (Only attributes: takes no lock that a request holds.)
+ * Clear suid, and sgid unless it means nothing (no group execution) and the caller is of the group: what
+ * setattr_should_drop_suidgid() says of a caller without CAP_FSETID. The host kernel spares us because the daemon has
+ * that capability; security.capability it removes itself. The kernel's copy of the mode is stale then, and exec trusts
+ * it: drop it. (Only attributes: takes no lock that a request holds.)
  */
-static void remove_suidgid(fuse_ino_t ino, int fd)
+static void remove_suidgid(fuse_req_t req, fuse_ino_t ino, int fd)
 {
 	struct stat st;
 	mode_t drop;
 
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || !(st.st_mode & (S_ISUID | S_ISGID)))
 		return;
 	drop = st.st_mode & S_ISUID;
-	if ((st.st_mode & (S_ISGID | S_IXGRP)) == (S_ISGID | S_IXGRP))
+	if (st.st_mode & S_ISGID && (st.st_mode & S_IXGRP || !caller_in_group(req, st.st_gid)))
 		drop |= S_ISGID;
 	if (!drop || fchmod(fd, st.st_mode & 07777 & ~drop))
 		return;
@@ -110,7 +132,7 @@ static void remove_suidgid(fuse_ino_t ino, int fd)
 static void remove_suidgid_unless_root(fuse_req_t req, fuse_ino_t ino, int fd)
 {
 	if (fuse_req_ctx(req)->uid != 0)
-		remove_suidgid(ino, fd);
+		remove_suidgid(req, ino, fd);
 }
 
 /* ------------------------------------------------------------------ data of open files, on the descriptor fi->fh */
@@ -149,7 +171,7 @@ static void serve_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t 
 
 	counters[WRITE]++;
 	if (request.kill_suidgid)
-		remove_suidgid(ino, (int)fi->fh);
+		remove_suidgid(req, ino, (int)fi->fh);
 	while (done < size) {
 		ssize_t n = pwrite((int)fi->fh, buf + done, size - done, off + (off_t)done);
 
@@ -394,6 +416,7 @@ static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in
 
 	if (size < sizeof(struct fuse_out_header) + sizeof(*out))
 		return size; /* an error, or a protocol from before these flags */
+	out->flags |= in->flags & FUSE_PARALLEL_DIROPS; /* libfuse 3.14 takes the wish and forgets it */
 	if (in->flags & FUSE_HANDLE_KILLPRIV_V2) {
 		out->flags |= FUSE_HANDLE_KILLPRIV_V2;
 		out->flags &= ~(uint32_t)FUSE_HANDLE_KILLPRIV;
@@ -580,7 +603,7 @@ HOOK size_t fuse_add_direntry_plus(fuse_req_t req, char *buf, size_t size, const
 HOOK int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
 	if (fi->lock_owner)
-		remove_suidgid(fi->lock_owner, (int)fi->fh);
+		remove_suidgid(req, fi->lock_owner, (int)fi->fh);
 	return REAL(fuse_reply_open)(req, fi);
 }
 
@@ -589,7 +612,7 @@ HOOK int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry,
 	struct fuse_entry_param out = separate_ino(entry);
 
 	if (fi->lock_owner && fi->flags & O_TRUNC)
-		remove_suidgid(out.ino, (int)fi->fh);
+		remove_suidgid(req, out.ino, (int)fi->fh);
 	return REAL(fuse_reply_create)(req, &out, fi);
 }
 

@@ -170,9 +170,7 @@ def mount(
 @app.command(epilog=UMOUNT_EPILOG)
 def umount(
     mountpoints: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT...", show_default=False)],
-    lazy: Annotated[
-        bool, typer.Option("--lazy", "-l", help="Detach now; it ends when the last user lets go.")
-    ] = False,
+    lazy: Annotated[bool, typer.Option("--lazy", "-l", help="Detach now; it ends when the last user lets go.")] = False,
 ) -> None:
     """Unmount a union and return when its daemon has ended.
 
@@ -181,7 +179,7 @@ def umount(
     """
     from unionfs.unmount import unmount
 
-    for mountpoint in mountpoints:
+    for mountpoint in [os.path.abspath(path) if path else path for path in mountpoints]:
         said = unmount(mountpoint, lazy=lazy)
         if said:
             print(f"unionfs: {said}", file=sys.stderr)
@@ -189,9 +187,7 @@ def umount(
 
 @app.command("ls")
 def list_mounts(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON list, one object for each mount.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each mount.")] = False,
 ) -> None:
     """List the unions that are mounted.
 
@@ -251,9 +247,7 @@ def doctor(
     directory: Annotated[
         str, typer.Argument(metavar="[DIRECTORY]", help="Where an upper shall lie.", show_default=False)
     ] = ".",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON list, one object for each check.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each check.")] = False,
 ) -> None:
     """Check this machine and a directory's file system.
 

@@ -296,9 +296,10 @@ def _timeout(options: _Options, name: str, value: str | None) -> None:
 
 
 def _fsname(options: _Options, name: str, value: str | None) -> None:
-    if not value:
-        raise UsageError(f"option {name} needs a name")
-    options.put("fsname", unescape(value))
+    fsname = unescape(value or "")
+    if not fsname or not fsname.isascii() or not fsname.isprintable():
+        raise UsageError(f"option {name} needs a name of printable ASCII characters")
+    options.put("fsname", fsname)
 
 
 def _volatile(options: _Options, name: str, value: str | None) -> None:
@@ -455,9 +456,7 @@ def _layers(positionals: Sequence[str], opts: _Options) -> tuple[list[str], list
             raise UsageError("with lowerdir= give the mount point and nothing else")
         return opts.lowers, opts.data_lowers, opts.upper, positionals[0]
     if not 2 <= len(positionals) <= 3:
-        raise UsageError(
-            "give LOWER[:LOWER...] UPPER MOUNTPOINT, or LOWER[:LOWER...] MOUNTPOINT to read only"
-        )
+        raise UsageError("give LOWER[:LOWER...] UPPER MOUNTPOINT, or LOWER[:LOWER...] MOUNTPOINT to read only")
     if opts.upper is not None and len(positionals) == 3:
         raise UsageError("upper is given twice: as an argument and as upperdir=")
     lowers, data_lowers = parse_lowers(positionals[0])
@@ -484,14 +483,10 @@ def _resolve_conflicts(config: MountConfig) -> MountConfig:
     if config.upper is None:
         # Without upper nothing is created: index and volatile mean nothing, redirects are only followed.
         redirect = "follow" if config.redirect_dir == "on" else config.redirect_dir
-        config = dataclasses.replace(
-            config, read_only=True, index=False, volatile=False, redirect_dir=redirect
-        )
+        config = dataclasses.replace(config, read_only=True, index=False, volatile=False, redirect_dir=redirect)
     if config.metacopy and not _makes_redirects(config) and not config.userxattr:
         if {"metacopy", "redirect_dir"} <= given:
-            raise UsageError(
-                f"metacopy=on needs redirect_dir=on, not {config.redirect_dir}: change one of them"
-            )
+            raise UsageError(f"metacopy=on needs redirect_dir=on, not {config.redirect_dir}: change one of them")
         if "redirect_dir" in given:
             config = dataclasses.replace(config, metacopy=False)
     return config.with_userxattr(True) if config.userxattr else config

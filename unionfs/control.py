@@ -189,9 +189,16 @@ def write(record: Record) -> str | None:
 def remove(path: str | None) -> None:
     """Remove a record and the log beside it; missing ones are no error."""
     if path is not None:
-        for name in (path, log_path(path), log_path(path) + ".1"):
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        remove_log(log_path(path))
+
+
+def remove_log(path: str) -> None:
+    """Remove a log that lies beside a record, and its older part."""
+    for name in (path, path + ".1"):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def log_path(record_path: str) -> str:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 import unionfs
 from unionfs import control, native
 from unionfs.config import MountConfig
-from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, from_exit_code
+from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
 from unionfs.mountinfo import FUSE_TYPE, mounted_at
 
 if TYPE_CHECKING:
@@ -105,11 +105,9 @@ def _serve_and_tell(config: MountConfig, writer: int) -> int:
     try:
         serve(config, lambda: tell(0, ""))
     except UnionError as error:
-        log.error("%s", error)
         tell(error.exit_code, str(error))
         return error.exit_code
     except BaseException as error:
-        log.critical("the daemon failed", exc_info=True)
         tell(1, f"internal error: {type(error).__name__}: {error}")
         return 1
     return 0
@@ -124,24 +122,36 @@ def serve(config: MountConfig, ready: Ready) -> None:
     Raises a UnionError for what keeps the union from being mounted.
     """
     with _logging(config) as log_file:
-        _prepare_process()
-        native_loaded = config.native and native.load()  # before pyfuse3, or it would not be found first
-        _import_pyfuse3()
-        if config.native:
-            from unionfs import dispatch
-
-            dispatch.install()
-        from unionfs.union import Union
-
-        union = Union.open(config)
         life = _Life(config, ready, log_file)
         try:
-            log.info("layers open; native part %s", "in force" if native_loaded else "not used")
-            _mount_and_run(config, union, life)
+            _open_and_run(config, life)
+        except UnionError as error:
+            log.error("%s", error)
+            raise
+        except Exception:
+            log.critical("the daemon failed", exc_info=True)
+            raise
         finally:
-            union.close()
             log.info("%s: ended", config.mountpoint)
             control.remove(life.record_path)  # last: from here on the layers are free
+
+
+def _open_and_run(config: MountConfig, life: _Life) -> None:
+    _prepare_process()
+    native_loaded = config.native and native.load()  # before pyfuse3, or it would not be found first
+    _import_pyfuse3()
+    if config.native:
+        from unionfs import dispatch
+
+        dispatch.install()
+    from unionfs.union import Union
+
+    union = Union.open(config)
+    try:
+        log.info("layers open; native part %s", "loaded" if native_loaded else "not used")
+        _mount_and_run(config, union, life)
+    finally:
+        union.close()
 
 
 def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
@@ -289,36 +299,47 @@ def _logging(config: MountConfig) -> Iterator[str | None]:
     With --foreground that is standard error, else --log-file, else the system log, else a small file beside
     the record.
     """
-    path = config.log_file
-    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    handler: logging.Handler
-    if path is None and config.foreground:
-        handler = logging.StreamHandler()
-    elif path is None and os.path.exists(SYSTEM_LOG):
-        handler = logging.handlers.SysLogHandler(SYSTEM_LOG)
-        handler.ident = f"unionfs[{os.getpid()}]: "
-        layout = "%(levelname)s %(name)s: %(message)s"
-    else:
-        path = path or _default_log()
-        handler = _file_handler(path) if path else logging.NullHandler()
-    handler.setFormatter(logging.Formatter(layout))
+    handler, path = _log_handler(config)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(config.log_level.upper())
+    logging.getLogger("pyfuse3").setLevel(max(logging.INFO, root.level))  # its debug lines are about its own tasks
     try:
         yield path
     finally:
         root.removeHandler(handler)
         handler.close()
+        if path is not None and path != config.log_file:
+            control.remove_log(path)
+
+
+def _log_handler(config: MountConfig) -> tuple[logging.Handler, str | None]:
+    """Return the handler and, if it writes to a file, the file's name."""
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler: logging.Handler
+    path = config.log_file
+    if path is not None:
+        handler = _file_handler(path)
+    elif config.foreground:
+        handler = logging.StreamHandler()
+    elif os.path.exists(SYSTEM_LOG):
+        handler = logging.handlers.SysLogHandler(SYSTEM_LOG)
+        handler.ident = f"unionfs[{os.getpid()}]: "
+        layout = "%(levelname)s %(name)s: %(message)s"
+    elif (path := _default_log()) is not None:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
+    else:
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(layout))
+    return handler, path
 
 
 def _file_handler(path: str) -> logging.Handler:
+    """Return a handler for a file of the user's; it follows when the file is renamed, as logrotate does."""
     try:
-        return logging.handlers.RotatingFileHandler(
-            path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
-        )
+        return logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise EnvironmentUnfit(f"can't write the log file {path}: {error.strerror}") from None
+        raise UsageError(f"can't write the log file {path}: {error.strerror}") from None
 
 
 def _default_log() -> str | None:

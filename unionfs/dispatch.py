@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import pyfuse3
@@ -41,7 +41,7 @@ LINGER = 0.0001
 class _Nothing:
     """An awaitable that is done."""
 
-    def __await__(self) -> Iterator[None]:
+    def __await__(self) -> Any:  # an exhausted iterator is cheaper than a generator, and enough
         return iter(())
 
 

@@ -111,9 +111,7 @@ def _fuse_device() -> Finding:
         return bad("fuse device", "no /dev/fuse: modprobe fuse, or give the container --device /dev/fuse")
     except PermissionError:
         # fusermount3 opens it as root for the user.
-        return limited(
-            "fuse device", "/dev/fuse is closed to this user in user namespaces: chmod 666 /dev/fuse"
-        )
+        return limited("fuse device", "/dev/fuse is closed to this user in user namespaces: chmod 666 /dev/fuse")
     except OSError as error:
         return bad("fuse device", f"/dev/fuse can't be opened ({error.strerror}): modprobe fuse")
     os.close(fd)
@@ -188,12 +186,8 @@ def _allow_other() -> Finding:
     if preflight.user_allow_other():
         return good("allow_other", "ordinary users may let others see their mounts")
     if os.geteuid() == 0:
-        return good(
-            "allow_other", "default for root; for ordinary users add user_allow_other to /etc/fuse.conf"
-        )
-    return limited(
-        "allow_other", "others won't see your mounts: root can add user_allow_other to /etc/fuse.conf"
-    )
+        return good("allow_other", "default for root; for ordinary users add user_allow_other to /etc/fuse.conf")
+    return limited("allow_other", "others won't see your mounts: root can add user_allow_other to /etc/fuse.conf")
 
 
 def _has_sys_admin() -> bool:
@@ -208,9 +202,7 @@ def _has_sys_admin() -> bool:
 def _capabilities() -> Finding:
     if _has_sys_admin():
         return good("privilege", "CAP_SYS_ADMIN: trusted.overlay.* and 0:0 whiteouts, as kernel overlayfs")
-    return limited(
-        "privilege", "none: user.overlay.* is used, redirect_dir and metacopy are off; root has them"
-    )
+    return limited("privilege", "none: user.overlay.* is used, redirect_dir and metacopy are off; root has them")
 
 
 def _passthrough() -> Finding:
@@ -281,9 +273,7 @@ def _what_it_is(path: str) -> Finding:
         here = os.path.dirname(here)
     kind = mount.fstype if mount else "unknown"
     if kind in ("nfs", "nfs4", "cifs", "smb3", "vfat", "exfat"):
-        return limited(
-            "file system", f"{path} is on {kind}: fit for a lower, an upper belongs on a local disk"
-        )
+        return limited("file system", f"{path} is on {kind}: fit for a lower, an upper belongs on a local disk")
     return good("file system", f"{path} is on {kind}")
 
 

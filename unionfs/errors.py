@@ -61,8 +61,7 @@ EXIT_CODES: dict[int, str] = {
 }
 
 _BY_CODE: dict[int, type[UnionError]] = {
-    cls.exit_code: cls
-    for cls in (UnionError, UsageError, LayerError, BusyError, EnvironmentUnfit, MountFailed)
+    cls.exit_code: cls for cls in (UnionError, UsageError, LayerError, BusyError, EnvironmentUnfit, MountFailed)
 }
 
 

@@ -4,8 +4,8 @@ Code between two awaits is atomic. A handler calls the union synchronously; only
 some size (`_settle`), fsync, and what pyfuse3 itself waits for. While one handler waits, the others are served.
 
 The kernel may cache everything for ever, since the layers below don't change and upper changes only through here.
-What copy-up changes behind a cached inode (link counts, change times) is invalidated from a thread of its own: doing
-that inside a request could deadlock.
+What copy-up changes behind a cached inode (link counts, change times) is invalidated before the request is answered.
+Only attributes: that takes no lock and waits for nothing. Invalidating entries or pages inside a request could deadlock.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import errno
 import functools
 import logging
 import os
-import queue
 import stat
-import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -76,7 +74,7 @@ class UnionOperations(pyfuse3.Operations):
         self._dir_handles: dict[int, DirHandle] = {}
         self._serial = 0
         self._native = False
-        self._changed = _Invalidator()
+        self._invalidations = 0
         union.up.offload = True
 
     def init(self) -> None:
@@ -86,12 +84,8 @@ class UnionOperations(pyfuse3.Operations):
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
         self._native = native.active()
-        self._changed.start()
         task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            self._changed.stop()
+        await trio.sleep_forever()
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""
@@ -101,7 +95,7 @@ class UnionOperations(pyfuse3.Operations):
             "open_files": len(union.open_files),
             "open_directories": len(self._dir_handles),
             "copy_ups": union.up.copies,
-            "invalidations": self._changed.count,
+            "invalidations": self._invalidations,
             **{f"native_{name}": value for name, value in native.counters().items()},
         }
 
@@ -153,8 +147,18 @@ class UnionOperations(pyfuse3.Operations):
                 continue
             finally:
                 if self._union.up.notify_changed:
-                    self._changed.put(self._union.up.notify_changed)
+                    self._invalidate_changed()
             return result
+
+    def _invalidate_changed(self) -> None:
+        """Tell the kernel about attributes that copy-up changed behind its cache, before it gets the reply."""
+        changed = self._union.up.notify_changed
+        for node in changed:
+            if node.nlookup:
+                self._invalidations += 1
+                with contextlib.suppress(OSError):
+                    pyfuse3.invalidate_inode(node.id, attr_only=True)
+        changed.clear()
 
     async def _settle(self, job: DataCopy) -> None:
         """Run a copy of data in a thread, or wait for whoever does."""
@@ -431,32 +435,3 @@ class UnionOperations(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
         await self._settled(self._union.removexattr, self._union.node(inode), os.fsdecode(name))
-
-
-class _Invalidator:
-    """Tells the kernel, from a thread of its own, that the attributes of some inodes have changed."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="invalidate", daemon=True)
-        self.count = 0
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-
-    def put(self, nodes: list[Node]) -> None:
-        """Take over a list of nodes and empty it."""
-        for node in nodes:
-            if node.nlookup:
-                self._queue.put(node.id)
-        nodes.clear()
-
-    def _work(self) -> None:
-        while (node_id := self._queue.get()) is not None:
-            self.count += 1
-            with contextlib.suppress(OSError):
-                pyfuse3.invalidate_inode(node_id, attr_only=True)

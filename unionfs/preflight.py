@@ -71,8 +71,7 @@ def check_environment(config: MountConfig) -> None:
         raise EnvironmentUnfit("no fusermount3, which ordinary users mount with: install the package fuse3")
     if config.allow_other and not user_allow_other():
         raise EnvironmentUnfit(
-            f"allow_other needs the line user_allow_other in {FUSE_CONF}: "
-            "have it added, or leave the option out"
+            f"allow_other needs the line user_allow_other in {FUSE_CONF}: have it added, or leave the option out"
         )
 
 
@@ -90,11 +89,7 @@ def user_allow_other() -> bool:
 
 def _layer_places(config: MountConfig, mounts: list[Mount]) -> list[tuple[str, str, Place]]:
     """Return (what, path, place) of upper, if there is one, and all lowers, top to bottom."""
-    return [
-        (what, path, _directory_place(what, path, mounts))
-        for what, path in config.layer_names()
-        if what != "work"
-    ]
+    return [(what, path, _directory_place(what, path, mounts)) for what, path in config.layer_names() if what != "work"]
 
 
 def _directory_place(what: str, path: str, mounts: list[Mount]) -> Place:
@@ -129,9 +124,7 @@ def _check_work(config: MountConfig, upper: Place, mounts: list[Mount]) -> None:
     except OSError as error:
         raise LayerError(f"work {config.work} can't be read: {error.strerror}") from None
     if strangers:
-        raise LayerError(
-            f"work {config.work} holds {strangers[0]!r}, not ours: pass --work with an empty directory"
-        )
+        raise LayerError(f"work {config.work} holds {strangers[0]!r}, not ours: pass --work with an empty directory")
 
 
 def _make_default_work(config: MountConfig, upper: Place, mounts: list[Mount]) -> None:
@@ -151,8 +144,7 @@ def _make_default_work(config: MountConfig, upper: Place, mounts: list[Mount]) -
         pass
     except OSError as error:
         raise LayerError(
-            f"can't make the work directory {work}: {error.strerror}; "
-            "pass --work DIR on the file system of upper"
+            f"can't make the work directory {work}: {error.strerror}; pass --work DIR on the file system of upper"
         ) from None
 
 
@@ -163,13 +155,9 @@ def _check_overlaps(places: list[tuple[str, str, Place]]) -> None:
             if place == other or (place.dev, place.path) == (other.dev, other.path):
                 raise LayerError(f"{what} {path} and {other_what} {other_path} are the same directory")
             if place.is_within(other):
-                raise LayerError(
-                    f"{what} {path} lies inside {other_what} {other_path}: layers must not overlap"
-                )
+                raise LayerError(f"{what} {path} lies inside {other_what} {other_path}: layers must not overlap")
             if other.is_within(place):
-                raise LayerError(
-                    f"{other_what} {other_path} lies inside {what} {path}: layers must not overlap"
-                )
+                raise LayerError(f"{other_what} {other_path} lies inside {what} {path}: layers must not overlap")
 
 
 # --- the mount point ------------------------------------------------------------------------------
@@ -179,9 +167,7 @@ def _check_mountpoint(config: MountConfig, places: list[tuple[str, str, Place]],
     here = _mountpoint_place(config.mountpoint, mounts)
     existing = mounted_at(config.mountpoint, mounts)
     if existing is not None and existing.fstype == FUSE_TYPE:
-        raise BusyError(
-            f"a union is mounted on {config.mountpoint} already: unionfs umount {config.mountpoint}"
-        )
+        raise BusyError(f"a union is mounted on {config.mountpoint} already: unionfs umount {config.mountpoint}")
     ancestors = _ancestors(config.mountpoint)
     for what, path, place in places:
         same = (here.dev, here.path) == (place.dev, place.path)
@@ -206,9 +192,7 @@ def _mountpoint_place(path: str, mounts: list[Mount]) -> Place:
         raise LayerError(f"mount point {path} is not a directory") from None
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            raise BusyError(
-                f"mount point {path} holds a dead mount: clear it with unionfs umount {path}"
-            ) from None
+            raise BusyError(f"mount point {path} holds a dead mount: clear it with unionfs umount {path}") from None
         raise LayerError(f"mount point {path} can't be opened: {error.strerror}") from None
 
 

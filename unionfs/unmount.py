@@ -46,6 +46,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
     can't be unmounted.
     """
     path = _resolve(mountpoint)
+    os.chdir("/")  # where the command was called must not keep the mount busy
     mount = mounted_at(path)
     if mount is None:
         return _clear_record(path)
@@ -88,9 +89,7 @@ def _clear_record(path: str) -> str:
     before = {record.mountpoint for record in control.all_records()}
     remaining = {entry.mountpoint: entry for entry in control.entries()}
     if path in remaining:
-        raise MountFailed(
-            f"the union on {path} is mounted in another mount namespace, or detached and still in use"
-        )
+        raise MountFailed(f"the union on {path} is mounted in another mount namespace, or detached and still in use")
     if path in before:
         return f"cleared what a dead daemon left of {path}"
     raise UsageError(f"nothing is mounted on {path}")
@@ -98,9 +97,7 @@ def _clear_record(path: str) -> str:
 
 def _unknown_line(mount: Mount) -> str:
     if mount.user_id not in (None, os.geteuid()):
-        return (
-            f"{mount.mountpoint} was mounted by user {mount.user_id}: only that user or root can unmount it"
-        )
+        return f"{mount.mountpoint} was mounted by user {mount.user_id}: only that user or root can unmount it"
     return f"{mount.mountpoint} has no state file, it may be another program's (unionfs-fuse): use umount(8)"
 
 

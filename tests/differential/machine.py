@@ -149,7 +149,10 @@ class Machine:
         try:
             self.drivers = [Driver(side.path_of("merged", name), started, use_labels) for side in self.sides]
             for op in sequence.ops:
-                done.append(Op(op.kind, op.user, model.grant(op.args)))
+                args = model.grant(op.args)
+                if args is None:
+                    continue
+                done.append(Op(op.kind, op.user, args))
                 if self._step(done[-1], name, trace):
                     model.note(*done[-1])
                 if sequence.watch:

@@ -15,7 +15,7 @@ from . import layers
 from .layers import Kinds
 
 class Ref(NamedTuple):
-    """A wish: ``want`` is file, dir, any, new, raw or slot; ``number`` chooses, ``suffix`` is a new name or is appended."""
+    """A wish: ``want`` is file, dir, any, new, raw, slot or scan; ``number`` chooses, ``suffix`` is a new name or appended."""
 
     want: str
     number: int
@@ -26,27 +26,30 @@ class Model:
     """Names and types in one subtree, of which those below the directories ``focus`` are offered."""
 
     def __init__(self, kinds: Kinds, focus: tuple[bytes, ...]) -> None:
-        self.kinds, self.focus, self.slots = dict(kinds), set(focus), set[int]()
+        self.kinds, self.focus = dict(kinds), set(focus)
+        self.slots, self.scans = set[int](), set[int]()
 
-    def grant(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """``args`` with each wish replaced by what it gets."""
-        return tuple(self._resolve(arg) if isinstance(arg, Ref) else arg for arg in args)
+    def grant(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """``args`` with each wish replaced by what it gets; None when a slot is wanted and none is open."""
+        granted = tuple(self._resolve(arg) if isinstance(arg, Ref) else arg for arg in args)
+        return None if None in granted else granted
 
     def _resolve(self, ref: Ref) -> object:
-        if ref.want == "slot":
-            slots = sorted(self.slots) or [ref.number % 4]
-            return slots[ref.number % len(slots)]
-        if ref.want == "raw":
-            paths = layers.paths()
-            return paths[ref.number % len(paths)] + ref.suffix
+        if ref.want in ("slot", "scan"):
+            slots = sorted(self.slots if ref.want == "slot" else self.scans)
+            return slots[ref.number % len(slots)] if slots else None
+        pool = self._pool(ref.want)
+        path = pool[ref.number % len(pool)]
+        path = path + b"/" + ref.suffix if ref.want == "new" else path + ref.suffix
+        return b"." if os.path.normpath(path).startswith(b"..") else path
+
+    def _pool(self, want: str) -> list[bytes]:
+        if want == "raw":
+            return layers.paths()
         near = sorted(path for path in self.kinds if self._near(path))
         directories = [path for path in near if self.kinds[path] == stat.S_IFDIR]
-        if ref.want == "new":
-            places = [place + b"/" for place in directories] or [b""]
-            return places[ref.number % len(places)] + ref.suffix
         files = [path for path in near if self.kinds[path] != stat.S_IFDIR]
-        pool = {"dir": directories, "file": files}.get(ref.want) or near or [b"."]
-        return pool[ref.number % len(pool)] + ref.suffix
+        return {"dir": directories, "new": directories, "file": files}.get(want) or near or [b"."]
 
     def _near(self, path: bytes) -> bool:
         return any(path == place or path.startswith(place + b"/") for place in self.focus)
@@ -55,10 +58,13 @@ class Model:
         """Take in that an operation of ``kind`` succeeded."""
         if kind in ("remount", "swap"):
             self.slots.clear()
-        if kind in ("open", "tmpfile", "scan_open"):
-            self.slots.add(args[0])
-        if kind in ("reopen", "close", "scan_end"):
-            (self.slots.add if kind == "reopen" else self.slots.discard)(args[1 if kind == "reopen" else 0])
+            self.scans.clear()
+        if kind in ("open", "tmpfile", "close"):
+            (self.slots.discard if kind == "close" else self.slots.add)(args[0])
+        if kind in ("scan_open", "scan_end"):
+            (self.scans.discard if kind == "scan_end" else self.scans.add)(args[0])
+        if kind == "reopen":
+            self.slots.add(args[1])
         if kind in ("mkdir", "mknod", "writefile", "open"):
             path = args[1] if kind == "open" else args[0]
             self.kinds.setdefault(path, stat.S_IFDIR if kind == "mkdir" else stat.S_IFREG)

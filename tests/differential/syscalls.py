@@ -21,6 +21,7 @@ _SETRESUID, _SETRESGID, _SETGROUPS, _GETDENTS64 = _NUMBERS[platform.machine()]
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_EACCESS = 0x200
+AT_SYMLINK_FOLLOW = 0x400
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
 RENAME_NOREPLACE = 1
@@ -78,6 +79,11 @@ def identity(name: str) -> Iterator[None]:
 def renameat2(old: bytes, new: bytes, flags: int) -> None:
     """renameat2(2) relative to the current directory."""
     _check(_libc.renameat2(AT_FDCWD, old, AT_FDCWD, new, flags))
+
+
+def link(old: bytes, new: bytes, follow: bool) -> None:
+    """linkat(2); ``os.link`` doesn't follow a symlink even when told to."""
+    _check(_libc.linkat(AT_FDCWD, old, AT_FDCWD, new, AT_SYMLINK_FOLLOW if follow else 0))
 
 
 def faccessat(path: bytes, mode: int, flags: int) -> None:

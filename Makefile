@@ -1,0 +1,69 @@
+# Everything starts here: `make help`.
+#
+# The targets install what they need, system packages by apt (with sudo when not root) and Python packages into a
+# virtual environment, and only what is missing. PYTHON=python3.12 chooses another Python; it gets its own environment.
+
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard unionfs/_native.c)
+
+# What `make mount` is given; with none of them it mounts a demonstration.
+LOWER ?=
+UPPER ?=
+MERGED ?=
+WORK ?=
+OPTIONS ?=
+export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
+
+# Further arguments for pytest, such as ARGS='-k rename'.
+ARGS ?=
+# How many operation sequences `make fuzz` runs against kernel overlayfs.
+SEQUENCES ?= 2000
+
+.PHONY: help mount umount test lint types fuzz clean packages packages-test
+
+help:
+	@echo 'make mount                             a demonstration union under ./demo'
+	@echo 'make mount LOWER=a:b UPPER=u MERGED=m  a union of yours; also WORK=, OPTIONS=; without UPPER read-only'
+	@echo 'make umount [MERGED=m]                 unmount it'
+	@echo 'make test [ARGS=...]                   all tests (as root)'
+	@echo 'make lint types                        ruff, mypy'
+	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
+	@echo 'make clean                             remove what these made'
+
+mount: packages $(VENV)/.installed
+	@scripts/mount
+
+umount:
+	@scripts/umount
+
+test: packages-test $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: packages $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: packages $(VENV)/.installed-test
+	$(BIN)/mypy
+
+fuzz: packages-test $(VENV)/.installed-test
+	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/differential --timeout 0 $(ARGS)
+
+clean:
+	@scripts/umount --quiet
+	rm -rf .venv .venv-* build demo *.egg-info unionfs/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+packages:
+	@scripts/packages mount
+
+packages-test:
+	@scripts/packages test
+
+$(VENV)/.installed: $(SOURCES) | packages
+	@scripts/environment .
+
+$(VENV)/.installed-test: $(SOURCES) | packages
+	@scripts/environment '.[test]'
