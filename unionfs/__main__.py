@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from unionfs.errors import UnionError
+from unionfs.errors import UnionError, one_line
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     try:
         app(prog_name="unionfs")
     except UnionError as error:
-        print(f"unionfs: {error}", file=sys.stderr)
+        print(f"unionfs: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

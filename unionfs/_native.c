@@ -28,6 +28,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/fs.h>
 #include <linux/fuse.h>
 #include <poll.h>
@@ -38,8 +39,29 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+/* Protocol 7.40, which older headers lack. */
+#define INIT_EXT (UINT32_C(1) << 30) /* in flags: flags2 holds the bits from 32 on */
+#define INIT2_PASSTHROUGH (UINT32_C(1) << (37 - 32))
+#define OPEN_NOFLUSH (UINT32_C(1) << 5)
+#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)
+
+struct backing_map {
+	int32_t fd;
+	uint32_t flags;
+	uint64_t padding;
+};
+#define BACKING_OPEN _IOW(229, 1, struct backing_map)
+#define BACKING_CLOSE _IOW(229, 2, uint32_t)
+
+struct open_reply {
+	uint64_t fh;
+	uint32_t open_flags;
+	int32_t backing_id;
+};
 
 #define HOOK __attribute__((visibility("default")))
 #define UNUSED __attribute__((unused))
@@ -64,15 +86,17 @@ static void *next_symbol(const char *name)
 
 /* ------------------------------------------------------------------ state */
 
-enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, COUNTERS };
+enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, COUNTERS };
 
 static const char *const counter_names[COUNTERS] = {
-	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid",
+	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
 };
 
 static uint64_t counters[COUNTERS];
 static struct fuse_session *session; /* set when pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
+static bool ask_passthrough; /* before INIT: whether to ask for it */
+static bool passthrough; /* after INIT: whether the kernel has it */
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
 
 /* What the raw message says about the request now in the hands of fuse_session_process_buf. */
@@ -413,9 +437,16 @@ static void note_request(const struct fuse_buf *buf)
 static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in)
 {
 	struct fuse_init_out *out = (struct fuse_init_out *)(reply + sizeof(struct fuse_out_header));
+	const uint32_t stack_depth = 1; /* layers on stacked file systems go without; an overlay may be put over us */
 
 	if (size < sizeof(struct fuse_out_header) + sizeof(*out))
 		return size; /* an error, or a protocol from before these flags */
+	if (ask_passthrough && in->flags & INIT_EXT && in->flags2 & INIT2_PASSTHROUGH) {
+		out->flags |= INIT_EXT;
+		out->flags2 |= INIT2_PASSTHROUGH;
+		memcpy(&out->flags2 + 1, &stack_depth, sizeof(stack_depth)); /* max_stack_depth */
+		passthrough = true;
+	}
 	out->flags |= in->flags & FUSE_PARALLEL_DIROPS; /* libfuse 3.14 takes the wish and forgets it */
 	if (in->flags & FUSE_HANDLE_KILLPRIV_V2) {
 		out->flags |= FUSE_HANDLE_KILLPRIV_V2;
@@ -600,20 +631,177 @@ HOOK size_t fuse_add_direntry_plus(fuse_req_t req, char *buf, size_t size, const
 	return REAL(fuse_add_direntry_plus)(req, buf, size, name, &out, off);
 }
 
+/*
+ * Passthrough.  By descriptor: the backing id that the reply which hands out this descriptor shall carry; 0: none.
+ * Set by Python just before it returns from open or create, consumed by the reply.
+ */
+static int32_t *announced;
+static size_t announced_size;
+
+static int32_t take_backing_id(uint64_t fh)
+{
+	int32_t id = 0;
+
+	if (fh < announced_size) {
+		id = announced[fh];
+		announced[fh] = 0;
+	}
+	return id;
+}
+
+/* The kernel refuses passthrough together with flags about a page cache that there is not. */
+static struct open_reply passthrough_reply(uint64_t fh, int32_t backing_id)
+{
+	return (struct open_reply){
+		.fh = fh,
+		.open_flags = OPEN_PASSTHROUGH | OPEN_NOFLUSH,
+		.backing_id = backing_id,
+	};
+}
+
+static void split_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds)
+{
+	bool endless = seconds >= 1e18;
+
+	*whole = endless ? UINT64_C(1000000000000000000) : seconds > 0 ? (uint64_t)seconds : 0;
+	*nanoseconds = endless || seconds <= 0 ? 0 : (uint32_t)((seconds - (double)*whole) * 1e9);
+}
+
+static struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry)
+{
+	const struct stat *st = &entry->attr;
+	struct fuse_entry_out out = {
+		.nodeid = entry->ino,
+		.generation = entry->generation,
+		.attr = {
+			.ino = st->st_ino,
+			.size = (uint64_t)st->st_size,
+			.blocks = (uint64_t)st->st_blocks,
+			.atime = (uint64_t)st->st_atim.tv_sec,
+			.mtime = (uint64_t)st->st_mtim.tv_sec,
+			.ctime = (uint64_t)st->st_ctim.tv_sec,
+			.atimensec = (uint32_t)st->st_atim.tv_nsec,
+			.mtimensec = (uint32_t)st->st_mtim.tv_nsec,
+			.ctimensec = (uint32_t)st->st_ctim.tv_nsec,
+			.mode = st->st_mode,
+			.nlink = (uint32_t)st->st_nlink,
+			.uid = st->st_uid,
+			.gid = st->st_gid,
+			.rdev = (uint32_t)st->st_rdev,
+			.blksize = (uint32_t)st->st_blksize,
+		},
+	};
+
+	split_seconds(entry->entry_timeout, &out.entry_valid, &out.entry_valid_nsec);
+	split_seconds(entry->attr_timeout, &out.attr_valid, &out.attr_valid_nsec);
+	return out;
+}
+
 HOOK int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
+	int32_t backing_id = take_backing_id(fi->fh);
+
 	if (fi->lock_owner)
 		remove_suidgid(req, fi->lock_owner, (int)fi->fh);
+	if (backing_id) {
+		struct open_reply reply = passthrough_reply(fi->fh, backing_id);
+
+		counters[PASSTHROUGH]++;
+		return fuse_reply_buf(req, (const char *)&reply, sizeof(reply));
+	}
 	return REAL(fuse_reply_open)(req, fi);
 }
 
 HOOK int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry, const struct fuse_file_info *fi)
 {
 	struct fuse_entry_param out = separate_ino(entry);
+	int32_t backing_id = take_backing_id(fi->fh);
 
 	if (fi->lock_owner && fi->flags & O_TRUNC)
 		remove_suidgid(req, out.ino, (int)fi->fh);
+	if (backing_id) {
+		struct {
+			struct fuse_entry_out entry;
+			struct open_reply open;
+		} reply = {raw_entry(&out), passthrough_reply(fi->fh, backing_id)};
+
+		counters[PASSTHROUGH]++;
+		return fuse_reply_buf(req, (const char *)&reply, sizeof(reply));
+	}
 	return REAL(fuse_reply_create)(req, &out, fi);
+}
+
+/* Take CAP_FSETID from this thread, or give it back; returns whether the thread had it. */
+static bool set_fsetid(bool on)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[2];
+	bool had;
+
+	if (syscall(SYS_capget, &header, data))
+		return false;
+	had = data[0].effective & (1U << CAP_FSETID);
+	if (on)
+		data[0].effective |= 1U << CAP_FSETID;
+	else
+		data[0].effective &= ~(1U << CAP_FSETID);
+	return !syscall(SYS_capset, &header, data) && had;
+}
+
+/*
+ * Writes through a backing file run with the credentials of who registered it. Without CAP_FSETID the host clears
+ * suid and sgid on such a write; with it, nobody would.
+ */
+static PyObject *py_backing_open(PyObject *self UNUSED, PyObject *arg)
+{
+	struct backing_map map = {.fd = (int32_t)PyLong_AsLong(arg)};
+	bool had_fsetid;
+	int id, error;
+
+	if (PyErr_Occurred())
+		return NULL;
+	had_fsetid = set_fsetid(false);
+	id = ioctl(fuse_session_fd(session), BACKING_OPEN, &map);
+	error = errno;
+	if (had_fsetid)
+		set_fsetid(true);
+	if (id <= 0) {
+		errno = id ? error : EINVAL;
+		return PyErr_SetFromErrno(PyExc_OSError);
+	}
+	return PyLong_FromLong(id);
+}
+
+static PyObject *py_backing_close(PyObject *self UNUSED, PyObject *arg)
+{
+	uint32_t id = (uint32_t)PyLong_AsUnsignedLong(arg);
+
+	if (PyErr_Occurred())
+		return NULL;
+	if (ioctl(fuse_session_fd(session), BACKING_CLOSE, &id))
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_announce_backing(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned int fh;
+	int id;
+
+	if (!PyArg_ParseTuple(args, "Ii", &fh, &id))
+		return NULL;
+	if (fh >= announced_size) {
+		size_t size = (size_t)fh * 2 + 64;
+		int32_t *grown = realloc(announced, size * sizeof(*announced));
+
+		if (!grown)
+			return PyErr_NoMemory();
+		memset(grown + announced_size, 0, (size - announced_size) * sizeof(*grown));
+		announced = grown;
+		announced_size = size;
+	}
+	announced[fh] = id;
+	Py_RETURN_NONE;
 }
 
 /* ------------------------------------------------------------------ the Python module */
@@ -632,6 +820,17 @@ static PyObject *py_active(PyObject *self UNUSED, PyObject *args UNUSED)
 static PyObject *py_killpriv_v2(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	return PyBool_FromLong(killpriv_v2);
+}
+
+static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	ask_passthrough = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(passthrough);
 }
 
 static PyObject *py_kill_suidgid(PyObject *self UNUSED, PyObject *args UNUSED)
@@ -688,6 +887,11 @@ static PyMethodDef methods[] = {
 	{"active", py_active, METH_NOARGS, "Whether pyfuse3's session was made through this module."},
 	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
 	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
+	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
+	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
+	{"backing_open", py_backing_open, METH_O, "Register a descriptor's file for passthrough; its backing id."},
+	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},
+	{"announce_backing", py_announce_backing, METH_VARARGS, "(fh, id): the reply handing out fh carries id."},
 	{"drive", py_drive, METH_VARARGS, "Never block in receiving; (spin, linger, slice) in seconds."},
 	{"drained", py_drained, METH_NOARGS, "Whether the device had no request at the last look."},
 	{"may_receive", py_may_receive, METH_NOARGS, "Whether to go on receiving without waiting or yielding."},

@@ -285,6 +285,8 @@ class CopyUp:
         sysio.utimens_fd(target, st.st_atime_ns, st.st_mtime_ns)
         self._place(node, st, path, target, name, follow=True)
         if metacopy:
+            if not node.flags & META:
+                self.tree.data_blocks[node] = st.st_blocks
             node.flags |= META
         else:
             self._forget_lower_data(node)
@@ -300,6 +302,7 @@ class CopyUp:
 
     def _forget_lower_data(self, node: Node) -> None:
         node.flags &= ~META
+        self.tree.data_blocks.pop(node, None)
         data = self.tree.data_anchors.pop(node, -1)
         if data >= 0:
             os.close(data)

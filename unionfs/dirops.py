@@ -494,20 +494,29 @@ class DirOps:
             except OSError as exc:
                 if exc.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
                     raise
-        # Whiteout first under a name of its own beside the victim, then both change places: no instant without either.
-        temp = work.whiteout() if work.whiteout_form != "wh" else b""
-        if not temp:
-            fd = os.open(WH_PREFIX + old, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=old_fd)
-            os.close(fd)
+        if work.whiteout_form == "wh":
+            # It hides only the layers below, so it may be there before the name goes.
+            os.close(os.open(WH_PREFIX + old, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=old_fd))
             sysio.rename(old_fd, old, new_fd, new)
             return
-        sysio.rename(work.fd, temp, old_fd, old, sysio.RENAME_EXCHANGE)
+        temp = work.whiteout()
         try:
-            sysio.rename(work.fd, temp, new_fd, new)
+            self._swap_in_whiteout(work, temp, old_fd, old, new_fd, new)
         except BaseException:
-            sysio.rename(work.fd, temp, old_fd, old, sysio.RENAME_EXCHANGE)
             work.discard(temp)
             raise
+
+    @staticmethod
+    def _swap_in_whiteout(work: WorkDir, temp: bytes, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
+        """Rename by exchange: with a whiteout that was put at the new name, or with the victim that is there."""
+        try:
+            sysio.rename(work.fd, temp, new_fd, new, sysio.RENAME_NOREPLACE)
+        except FileExistsError:
+            sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
+            sysio.rename(work.fd, temp, old_fd, old, sysio.RENAME_EXCHANGE)
+            work.discard(temp)
+        else:
+            sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
 
     def _clear_empty_for_rename(self, new: Dir, new_dir: Dir, new_name: bytes) -> None:
         if self._lister.upper_leftovers(new):

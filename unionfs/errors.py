@@ -65,6 +65,11 @@ _BY_CODE: dict[int, type[UnionError]] = {
 }
 
 
+def one_line(text: str) -> str:
+    """Return `text` fit for one line of a terminal: names may hold line breaks and other control characters."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def from_exit_code(code: int, message: str) -> UnionError:
     """Return the error whose class has exit status `code`, so that one can cross a process border."""
     return _BY_CODE.get(code, UnionError)(message)

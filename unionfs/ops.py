@@ -5,7 +5,7 @@ some size (`_settle`), fsync, and what pyfuse3 itself waits for. While one handl
 
 The kernel may cache everything for ever, since the layers below don't change and upper changes only through here.
 What copy-up changes behind a cached inode (link counts, change times) is invalidated before the request is answered.
-Only attributes: that takes no lock and waits for nothing. Invalidating entries or pages inside a request could deadlock.
+Only attributes: that takes no lock and waits for nothing; to invalidate entries or pages in a request could deadlock.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class Tree:
         self.fmt = fmt
         self.index_names: dict[Node, bytes] = {}
         self.data_anchors: dict[Node, int] = {}
+        self.data_blocks: dict[Node, int] = {}  # of metacopies: the lower data does not change
         self.root = self._make_root()
 
     @property
@@ -229,6 +230,12 @@ class Tree:
         """Return the number of 512-byte blocks: those of the data, which a metacopy has in a lower layer."""
         if not node.flags & META:
             return st.st_blocks
+        known = self.data_blocks.get(node)
+        if known is None:
+            known = self.data_blocks[node] = self._read_blocks(node, st)
+        return known
+
+    def _read_blocks(self, node: Node, st: os.stat_result) -> int:
         try:
             fd = self.open_data_place(node, sysio.O_PATH_NOFOLLOW)
         except OSError:
@@ -340,3 +347,4 @@ class Tree:
         if data >= 0:
             os.close(data)
         self.index_names.pop(node, None)
+        self.data_blocks.pop(node, None)

