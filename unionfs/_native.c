@@ -32,7 +32,9 @@
 #include <linux/fs.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +42,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -65,6 +68,7 @@ struct open_reply {
 
 #define HOOK __attribute__((visibility("default")))
 #define UNUSED __attribute__((unused))
+#define PAGE 4096
 
 /* The next definition of a libfuse function, looked up once. */
 #define REAL(name) \
@@ -93,7 +97,8 @@ static const char *const counter_names[COUNTERS] = {
 };
 
 static uint64_t counters[COUNTERS];
-static struct fuse_session *session; /* set when pyfuse3 has gone through our fuse_session_new */
+static struct fuse_session *session; /* pyfuse3's, from our fuse_session_new to our fuse_session_destroy */
+static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
 static bool ask_passthrough; /* before INIT: whether to ask for it */
 static bool passthrough; /* after INIT: whether the kernel has it */
@@ -159,33 +164,168 @@ static void remove_suidgid_unless_root(fuse_req_t req, fuse_ino_t ino, int fd)
 		remove_suidgid(req, ino, fd);
 }
 
+/* ------------------------------------------------------------------ what may take long */
+
+/* A system call that may take long, and its answer: made by one of a few threads that know nothing of Python. */
+struct job {
+	void (*run)(const struct job *job);
+	struct job *next;
+	fuse_req_t req;
+	int fd, fd_out;
+	off_t off, off_out;
+	size_t size;
+	int mode;
+};
+
+enum { MOST_WORKERS = 8 };
+
+static pthread_mutex_t jobs_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the rest */
+static pthread_cond_t job_added = PTHREAD_COND_INITIALIZER;
+static pthread_cond_t jobs_done = PTHREAD_COND_INITIALIZER;
+static struct job *first_job, **last_job = &first_job;
+static int workers, idle_workers;
+static int unfinished; /* jobs waiting or running */
+
+static struct job *next_job_locked(void)
+{
+	struct job *job;
+
+	while (!first_job) {
+		idle_workers++;
+		pthread_cond_wait(&job_added, &jobs_lock);
+		idle_workers--;
+	}
+	job = first_job;
+	first_job = job->next;
+	if (!first_job)
+		last_job = &first_job;
+	return job;
+}
+
+static void *work(void *unused UNUSED)
+{
+	pthread_mutex_lock(&jobs_lock);
+	for (;;) {
+		struct job *job = next_job_locked();
+
+		pthread_mutex_unlock(&jobs_lock);
+		job->run(job);
+		free(job);
+		pthread_mutex_lock(&jobs_lock);
+		if (--unfinished == 0)
+			pthread_cond_broadcast(&jobs_done);
+	}
+	return NULL;
+}
+
+/* Signals are Python's: the workers block all of them. */
+static void add_worker_locked(void)
+{
+	sigset_t all, before;
+	pthread_t thread;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	if (!pthread_create(&thread, NULL, work, NULL)) {
+		pthread_detach(thread);
+		workers++;
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Have a copy of the job done; here and now if there can't be a thread. */
+static void submit(const struct job *job)
+{
+	struct job *copy = malloc(sizeof(*copy));
+	bool queued = false;
+
+	pthread_mutex_lock(&jobs_lock);
+	if (copy && !idle_workers && workers < MOST_WORKERS)
+		add_worker_locked();
+	if (copy && workers) {
+		*copy = *job;
+		copy->next = NULL;
+		*last_job = copy;
+		last_job = &copy->next;
+		unfinished++;
+		pthread_cond_signal(&job_added);
+		queued = true;
+	}
+	pthread_mutex_unlock(&jobs_lock);
+	if (!queued) {
+		free(copy);
+		job->run(job);
+	}
+}
+
+/* A job answers through the session: it must not go away before. */
+HOOK void fuse_session_destroy(struct fuse_session *se)
+{
+	Py_BEGIN_ALLOW_THREADS
+	pthread_mutex_lock(&jobs_lock);
+	while (unfinished)
+		pthread_cond_wait(&jobs_done, &jobs_lock);
+	pthread_mutex_unlock(&jobs_lock);
+	Py_END_ALLOW_THREADS
+	if (se == session)
+		session = NULL;
+	REAL(fuse_session_destroy)(se);
+}
+
 /* ------------------------------------------------------------------ data of open files, on the descriptor fi->fh */
+
+static void reply_length(fuse_req_t req, ssize_t length, int error)
+{
+	if (length < 0)
+		fuse_reply_err(req, error);
+	else
+		fuse_reply_write(req, (size_t)length);
+}
+
+static void run_read(const struct job *job)
+{
+	void *buffer;
+	ssize_t n;
+
+	if (posix_memalign(&buffer, PAGE, job->size)) {
+		fuse_reply_err(job->req, ENOMEM);
+		return;
+	}
+	do
+		n = pread(job->fd, buffer, job->size, job->off);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		fuse_reply_err(job->req, errno);
+	else
+		fuse_reply_buf(job->req, buffer, (size_t)n);
+	free(buffer);
+}
+
+/*
+ * What the host has in its cache, if that is all that there is to read; else -1. Less than asked for may also mean
+ * that the rest is not cached, but the kernel would take it for the end of the file.
+ */
+static ssize_t read_cached(int fd, char *buffer, size_t size, off_t off)
+{
+	struct iovec iov = {.iov_base = buffer, .iov_len = size};
+	ssize_t n = preadv2(fd, &iov, 1, off, RWF_NOWAIT);
+	struct stat st;
+
+	if (n < 0 || (size_t)n == size)
+		return n;
+	return !fstat(fd, &st) && off + n >= st.st_size ? n : -1;
+}
 
 static void serve_read(fuse_req_t req, fuse_ino_t ino UNUSED, size_t size, off_t off, struct fuse_file_info *fi)
 {
-	static char *buffer; /* page-aligned: the descriptor may be O_DIRECT */
-	static size_t capacity;
-	ssize_t n;
+	static char buffer[1 << 20] __attribute__((aligned(PAGE))); /* aligned: the descriptor may be O_DIRECT */
+	ssize_t n = size <= sizeof(buffer) ? read_cached((int)fi->fh, buffer, size, off) : -1;
 
 	counters[READ]++;
-	if (size > capacity) {
-		void *grown;
-
-		if (posix_memalign(&grown, 4096, size)) {
-			fuse_reply_err(req, ENOMEM);
-			return;
-		}
-		free(buffer);
-		buffer = grown;
-		capacity = size;
-	}
-	do
-		n = pread((int)fi->fh, buffer, size, off);
-	while (n < 0 && errno == EINTR);
-	if (n < 0)
-		fuse_reply_err(req, errno);
-	else
+	if (n >= 0)
 		fuse_reply_buf(req, buffer, (size_t)n);
+	else
+		submit(&(struct job){.run = run_read, .req = req, .fd = (int)fi->fh, .off = off, .size = size});
 }
 
 static void serve_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
@@ -223,19 +363,40 @@ static void serve_lseek(fuse_req_t req, fuse_ino_t ino UNUSED, off_t off, int wh
 		fuse_reply_lseek(req, found);
 }
 
-static void serve_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t length,
-			    struct fuse_file_info *fi)
+static void run_fallocate(const struct job *job)
 {
 	int error;
 
+	do
+		error = fallocate(job->fd, job->mode, job->off, (off_t)job->size) ? errno : 0;
+	while (error == EINTR);
+	fuse_reply_err(job->req, error);
+}
+
+static void serve_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t length,
+			    struct fuse_file_info *fi)
+{
 	counters[FALLOCATE]++;
 	remove_suidgid_unless_root(req, ino, (int)fi->fh);
-	Py_BEGIN_ALLOW_THREADS
+	submit(&(struct job){
+		.run = run_fallocate,
+		.req = req,
+		.fd = (int)fi->fh,
+		.off = off,
+		.size = (size_t)length,
+		.mode = mode,
+	});
+}
+
+static void run_copy_file_range(const struct job *job)
+{
+	off_t off = job->off, off_out = job->off_out;
+	ssize_t n;
+
 	do
-		error = fallocate((int)fi->fh, mode, off, length) ? errno : 0;
-	while (error == EINTR);
-	Py_END_ALLOW_THREADS
-	fuse_reply_err(req, error);
+		n = copy_file_range(job->fd, &off, job->fd_out, &off_out, job->size, (unsigned)job->mode);
+	while (n < 0 && errno == EINTR);
+	reply_length(job->req, n, errno);
 }
 
 /* Errors such as EXDEV go back as they are: the kernel then copies through the page cache. */
@@ -243,21 +404,18 @@ static void serve_copy_file_range(fuse_req_t req, fuse_ino_t ino_in UNUSED, off_
 				  struct fuse_file_info *fi_in, fuse_ino_t ino_out, off_t off_out,
 				  struct fuse_file_info *fi_out, size_t length, int flags)
 {
-	ssize_t n;
-	int error;
-
 	counters[COPY_FILE_RANGE]++;
 	remove_suidgid_unless_root(req, ino_out, (int)fi_out->fh);
-	Py_BEGIN_ALLOW_THREADS
-	do {
-		n = copy_file_range((int)fi_in->fh, &off_in, (int)fi_out->fh, &off_out, length, (unsigned)flags);
-		error = n < 0 ? errno : 0;
-	} while (error == EINTR);
-	Py_END_ALLOW_THREADS
-	if (error)
-		fuse_reply_err(req, error);
-	else
-		fuse_reply_write(req, (size_t)n);
+	submit(&(struct job){
+		.run = run_copy_file_range,
+		.req = req,
+		.fd = (int)fi_in->fh,
+		.off = off_in,
+		.fd_out = (int)fi_out->fh,
+		.off_out = off_out,
+		.size = length,
+		.mode = flags,
+	});
 }
 
 /*
@@ -358,6 +516,13 @@ static void wrap_ops(struct fuse_lowlevel_ops *ops)
 	ops->flush = serve_flush;
 }
 
+static struct fuse_session *adopt(struct fuse_session *new_session)
+{
+	adopted = new_session != NULL;
+	session = new_session;
+	return session;
+}
+
 static const struct fuse_lowlevel_ops *adopt_ops(const struct fuse_lowlevel_ops *ops, size_t size)
 {
 	static struct fuse_lowlevel_ops ours;
@@ -375,22 +540,19 @@ struct libfuse_version;
 HOOK struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size,
 					   void *userdata)
 {
-	session = REAL(fuse_session_new)(args, adopt_ops(ops, size), sizeof(*ops), userdata);
-	return session;
+	return adopt(REAL(fuse_session_new)(args, adopt_ops(ops, size), sizeof(*ops), userdata));
 }
 
 HOOK struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
 						     size_t size, struct libfuse_version *version, void *userdata)
 {
-	session = REAL(fuse_session_new_versioned)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata);
-	return session;
+	return adopt(REAL(fuse_session_new_versioned)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata));
 }
 
 HOOK struct fuse_session *_fuse_session_new_317(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
 						size_t size, struct libfuse_version *version, void *userdata)
 {
-	session = REAL(_fuse_session_new_317)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata);
-	return session;
+	return adopt(REAL(_fuse_session_new_317)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata));
 }
 
 /* ------------------------------------------------------------------ raw requests */
@@ -748,6 +910,12 @@ static bool set_fsetid(bool on)
 	return !syscall(SYS_capset, &header, data) && had;
 }
 
+static PyObject *no_session(void)
+{
+	errno = ENODEV;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 /*
  * Writes through a backing file run with the credentials of who registered it. Without CAP_FSETID the host clears
  * suid and sgid on such a write; with it, nobody would.
@@ -760,6 +928,8 @@ static PyObject *py_backing_open(PyObject *self UNUSED, PyObject *arg)
 
 	if (PyErr_Occurred())
 		return NULL;
+	if (!session)
+		return no_session();
 	had_fsetid = set_fsetid(false);
 	id = ioctl(fuse_session_fd(session), BACKING_OPEN, &map);
 	error = errno;
@@ -778,6 +948,8 @@ static PyObject *py_backing_close(PyObject *self UNUSED, PyObject *arg)
 
 	if (PyErr_Occurred())
 		return NULL;
+	if (!session)
+		return no_session();
 	if (ioctl(fuse_session_fd(session), BACKING_CLOSE, &id))
 		return PyErr_SetFromErrno(PyExc_OSError);
 	Py_RETURN_NONE;
@@ -814,7 +986,7 @@ static PyObject *py_in_scope(PyObject *self UNUSED, PyObject *args UNUSED)
 
 static PyObject *py_active(PyObject *self UNUSED, PyObject *args UNUSED)
 {
-	return PyBool_FromLong(session != NULL);
+	return PyBool_FromLong(adopted);
 }
 
 static PyObject *py_killpriv_v2(PyObject *self UNUSED, PyObject *args UNUSED)

@@ -240,9 +240,9 @@ def entries() -> list[Entry]:
             if os.geteuid() == 0 and mount.user_id is not None:
                 owners.append(mount.user_id)
     found: list[Entry] = []
-    # Device numbers are reused: a living daemon's claim to one goes before that of a dead one's record.
+    # Device numbers are reused: the claim of a living daemon to one goes first, then that of the latest dead one.
     records = [(path, _load(path)) for path in _record_files(owners)]
-    for path, record in sorted(records, key=lambda item: item[1] is None or not item[1].alive()):
+    for path, record in sorted(records, key=lambda item: _claim(item[1])):
         entry = _entry(path, record, by_dev)
         if entry is None:
             _forget_stale(path)
@@ -250,6 +250,10 @@ def entries() -> list[Entry]:
             found.append(entry)
     found += [_unrecorded(mounts[0]) for mounts in by_dev.values()]
     return sorted(found, key=lambda entry: entry.mountpoint)
+
+
+def _claim(record: Record | None) -> tuple[bool, float]:
+    return (record is None or not record.alive(), -record.mounted_at if record else 0.0)
 
 
 def _entry(path: str, record: Record | None, by_dev: dict[str, list[Mount]]) -> Entry | None:

@@ -147,6 +147,8 @@ class CopyUp:
         self._work()
         self.idle(node)
         if node.flags & UPPER:
+            if node.flags & INDEXED and node.parent is not None:
+                self.alias(node, node.parent, node.name)
             if data and node.flags & META:
                 self._complete(node, size)
             return

@@ -281,8 +281,9 @@ class DirOps:
         work = self._work()
         upper = self._tree.dirfds.upper(parent)
         if work.whiteout_form == "wh":
-            self._wh_file(parent, upper, name)
+            self._wh_file(upper, name)
             return
+        self._announce_whiteouts(upper)
         temp = work.whiteout()
         try:
             sysio.rename(work.fd, temp, upper, name)
@@ -290,9 +291,16 @@ class DirOps:
             work.discard(temp)
             raise
 
-    def _wh_file(self, parent: Dir, upper: int, name: bytes) -> None:
+    def _announce_whiteouts(self, upper: int) -> None:
+        """A directory that holds whiteouts in the form of attributes says so: opaque=x (overlayfs.rst)."""
+        if self._work().whiteout_form == "xattr":
+            path = sysio.fd_path(upper)
+            if get_xattr(path, self._tree.fmt.opaque) is None:
+                os.setxattr(path, self._tree.fmt.opaque, b"x")
+
+    @staticmethod
+    def _wh_file(upper: int, name: bytes) -> None:
         """The form without device nodes and attributes: `.wh.NAME` first, then the name itself may go."""
-        del parent
         fd = os.open(WH_PREFIX + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=upper)
         os.close(fd)
         try:
@@ -356,6 +364,7 @@ class DirOps:
             os.close(fd)
             os.rmdir(name, dir_fd=upper)
             return
+        self._announce_whiteouts(upper)
         temp = work.whiteout()
         try:
             sysio.rename(work.fd, temp, upper, name, sysio.RENAME_EXCHANGE)
@@ -499,6 +508,7 @@ class DirOps:
             os.close(os.open(WH_PREFIX + old, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=old_fd))
             sysio.rename(old_fd, old, new_fd, new)
             return
+        self._announce_whiteouts(old_fd)
         temp = work.whiteout()
         try:
             self._swap_in_whiteout(work, temp, old_fd, old, new_fd, new)

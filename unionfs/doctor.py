@@ -110,8 +110,7 @@ def _fuse_device() -> Finding:
     except FileNotFoundError:
         return bad("fuse device", "no /dev/fuse: modprobe fuse, or give the container --device /dev/fuse")
     except PermissionError:
-        # fusermount3 opens it as root for the user.
-        return limited("fuse device", "/dev/fuse is closed to this user in user namespaces: chmod 666 /dev/fuse")
+        return bad("fuse device", "/dev/fuse is closed to this user: chmod 666 /dev/fuse")
     except OSError as error:
         return bad("fuse device", f"/dev/fuse can't be opened ({error.strerror}): modprobe fuse")
     os.close(fd)
@@ -233,8 +232,8 @@ def _user_namespaces() -> Finding:
         return good("user namespaces", "unshare -Ur --mount works")
     return limited(
         "user namespaces",
-        f"not for this user ({done.stderr.strip()}): sysctl user.max_user_namespaces, "
-        "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns",
+        f"not for this user ({done.stderr.strip().removeprefix('unshare: ')}): leave the chroot, if this is one; "
+        "else see sysctl user.max_user_namespaces and kernel.apparmor_restrict_unprivileged_userns",
     )
 
 

@@ -79,11 +79,16 @@ def decode_handle(value: bytes) -> Handle | None:
 
 
 def parse_redirect(value: bytes) -> bytes:
-    """Return a valid redirect value; raises EINVAL for the malformed ones that overlayfs refuses."""
+    """Return a valid redirect value.
+
+    Raises EINVAL for a malformed one and EACCES for one with a ``.`` or ``..``, as the kernel's lookup does.
+    """
     relative = not value.startswith(b"/")
     parts = value.split(b"/") if relative else value[1:].split(b"/")
-    if b"\0" in value or (relative and len(parts) != 1) or not all(parts) or b"." in parts or b".." in parts:
+    if b"\0" in value or (relative and len(parts) != 1) or not all(parts):
         raise OSError(errno.EINVAL, "invalid redirect", value)
+    if b"." in parts or b".." in parts:
+        raise OSError(errno.EACCES, "redirect may not lead upwards", value)
     return value
 
 

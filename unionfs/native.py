@@ -31,18 +31,25 @@ every user but root; a write has no uid and must assume another user).
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 
 _module: ModuleType | None = None
 
 
-def load() -> bool:
+def load(*, passthrough: bool = False) -> bool:
     """Load the C extension so that pyfuse3 will find its functions first.
 
     Call this before pyfuse3 is imported; a later first call changes nothing and returns False.
+
+    Args:
+        passthrough: whether to ask the kernel for passthrough, if this process may use it. The mount then counts as
+            stacked: one overlay can still be mounted over it, a second one over that can't.
 
     Returns:
         Whether the extension is loaded and visible to libraries loaded from now on. That the mounted session goes
@@ -51,7 +58,15 @@ def load() -> bool:
     global _module
     if _module is None and "pyfuse3" not in sys.modules:
         _module = _import_global()
+    if _module is not None and passthrough and _initial_root():
+        _module.ask_passthrough()
     return _module is not None
+
+
+def _initial_root() -> bool:
+    """Whether this process is root of the initial user namespace, which registering a backing file takes."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return os.geteuid() == 0 and file.read().split() == ["0", "0", str(2**32 - 1)]
 
 
 def _import_global() -> ModuleType | None:
@@ -117,3 +132,87 @@ def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | 
         return None
     _module.drive(spin, linger, slice_seconds)
     return _module
+
+
+def passthrough() -> bool:
+    """Whether the kernel has granted passthrough to the mounted session."""
+    return _module is not None and active() and bool(_module.passthrough())
+
+
+@dataclass(slots=True)
+class _Mode:
+    handles: int = 0
+    backing_id: int = 0
+
+
+class IoModes:
+    """Which nodes the kernel serves from a backing file while they are open (mirrors fs/fuse/iomode.c).
+
+    The kernel holds an inode in one of three states, and fails an open that does not fit with EIO:
+
+    - *closed*: any open may come next; it decides.
+    - *cached*: as long as a cached handle is open (or mapped), every further open must be cached.
+    - *passthrough*: as long as a passthrough handle is open (or mapped), every further open must be passthrough, with
+      the same backing id: READ, WRITE and mmap then go to the backing file, whatever the union decides meanwhile.
+
+    A handle counts from the answer to OPEN or CREATE until its RELEASE arrives. The kernel's own count is never higher,
+    so an open that fits this table fits the kernel's.
+
+    What the caller has to see to, since the kernel keeps a passthrough inode on the file it was opened with:
+
+    - Allow passthrough for upper files only. A lower file that is read through would go on showing the lower data
+      after a copy-up.
+    - Don't allow it for a file that has suid or sgid. One may be set later: as long as `passed`, give the attributes of
+      a file that has either with attr_timeout 0 (LOOKUP, GETATTR and SETATTR alike). The host clears the bit on the
+      next write without a word to us, and the kernel must ask for the mode before it executes the file.
+    - Writes change size and times without a request, too; the kernel asks for them with GETATTR.
+    """
+
+    def __init__(self) -> None:
+        self._modes: dict[int, _Mode] = {}
+        self._refused = False
+
+    def opened(self, node: int, fd: int, *, allowed: bool) -> bool:
+        """Decide how the handle `fd` of `node` is opened, and count it. Call it just before returning it to pyfuse3.
+
+        Args:
+            node: the node id of the answer.
+            fd: the host descriptor that becomes the handle number; its file is the backing file.
+            allowed: whether passthrough may be chosen if the node is closed.
+
+        Returns:
+            Whether the handle is a passthrough one.
+        """
+        mode = self._modes.get(node)
+        if mode is None:
+            mode = self._modes[node] = _Mode(backing_id=self._register(fd) if allowed else 0)
+        mode.handles += 1
+        if _module is not None:
+            _module.announce_backing(fd, mode.backing_id)
+        return mode.backing_id != 0
+
+    def _register(self, fd: int) -> int:
+        if _module is None or self._refused or not passthrough():
+            return 0
+        try:
+            return int(_module.backing_open(fd))
+        except OSError as error:
+            # ELOOP: on a stacked file system; EOPNOTSUPP, EINVAL: a file that can't be one. Only this file, then.
+            self._refused = error.errno == errno.EPERM
+            return 0
+
+    def released(self, node: int) -> None:
+        """Count a handle of `node` as gone: on RELEASE, or if its open failed after `opened`."""
+        mode = self._modes[node]
+        mode.handles -= 1
+        if mode.handles:
+            return
+        del self._modes[node]
+        if mode.backing_id and _module is not None:
+            with contextlib.suppress(OSError):  # unmounted: the ids went with the connection
+                _module.backing_close(mode.backing_id)
+
+    def passed(self, node: int) -> bool:
+        """Whether `node` is open in passthrough mode."""
+        mode = self._modes.get(node)
+        return mode is not None and mode.backing_id != 0

@@ -424,7 +424,11 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """Return the names of extended attributes."""
-        return [os.fsencode(name) for name in self._union.listxattr(self._union.node(inode))]
+        names = self._union.listxattr(self._union.node(inode))
+        if ctx.uid != 0:
+            # Listing them takes CAP_SYS_ADMIN, which the kernel leaves to the file system (``ovl_can_list``).
+            names = [name for name in names if not name.startswith("trusted.")]
+        return [os.fsencode(name) for name in names]
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -47,6 +47,8 @@ def check(config: MountConfig) -> None:
         _check_work(config, upper, mounts)
         places.append(("work", config.work, place_of(config.work, mounts)))
     _check_overlaps(places)
+    if config.upper is not None and config.work is not None:
+        _check_work_content(config.work)
     _check_mountpoint(config, places, mounts)
     _check_in_use(config, places, mounts)
 
@@ -64,6 +66,10 @@ def check_environment(config: MountConfig) -> None:
         raise EnvironmentUnfit(
             f"no {FUSE_DEVICE}: load the kernel module (modprobe fuse), "
             f"or give the container the device (--device {FUSE_DEVICE})"
+        )
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise EnvironmentUnfit(
+            f"{FUSE_DEVICE} is closed to this user: root can open it to all (chmod 666 {FUSE_DEVICE})"
         )
     if os.geteuid() == 0:
         return
@@ -104,9 +110,11 @@ def _directory_place(what: str, path: str, mounts: list[Mount]) -> Place:
 
 
 def _check_work(config: MountConfig, upper: Place, mounts: list[Mount]) -> None:
-    """Make sure that there is a work directory, on upper's mount, and used for nothing else."""
+    """Make sure that there is a work directory, on upper's mount."""
     assert config.upper is not None
     assert config.work is not None
+    if os.statvfs(config.upper).f_flag & os.ST_RDONLY:
+        raise LayerError(f"upper {config.upper} is on a read-only file system: give it as a lower instead")
     if "work" not in config.explicit:
         _make_default_work(config, upper, mounts)
     work = _directory_place("work", config.work, mounts)
@@ -119,12 +127,16 @@ def _check_work(config: MountConfig, upper: Place, mounts: list[Mount]) -> None:
         raise LayerError(
             f"work {config.work} is in another subvolume than upper {config.upper}: pass a --work in upper's"
         )
+
+
+def _check_work_content(work: str) -> None:
+    """Refuse a work directory that serves something else too; what overlayfs keeps there is fine."""
     try:
-        strangers = sorted(set(os.listdir(config.work)) - _WORK_ENTRIES)
+        strangers = sorted(set(os.listdir(work)) - _WORK_ENTRIES)
     except OSError as error:
-        raise LayerError(f"work {config.work} can't be read: {error.strerror}") from None
+        raise LayerError(f"work {work} can't be read: {error.strerror}") from None
     if strangers:
-        raise LayerError(f"work {config.work} holds {strangers[0]!r}, not ours: pass --work with an empty directory")
+        raise LayerError(f"work {work} holds {strangers[0]!r}, not ours: pass --work with an empty directory")
 
 
 def _make_default_work(config: MountConfig, upper: Place, mounts: list[Mount]) -> None:
@@ -164,10 +176,12 @@ def _check_overlaps(places: list[tuple[str, str, Place]]) -> None:
 
 
 def _check_mountpoint(config: MountConfig, places: list[tuple[str, str, Place]], mounts: list[Mount]) -> None:
-    here = _mountpoint_place(config.mountpoint, mounts)
     existing = mounted_at(config.mountpoint, mounts)
     if existing is not None and existing.fstype == FUSE_TYPE:
+        if control.probe(config.mountpoint) is control.State.DEAD:
+            raise BusyError(_dead_line(config.mountpoint))
         raise BusyError(f"a union is mounted on {config.mountpoint} already: unionfs umount {config.mountpoint}")
+    here = _mountpoint_place(config.mountpoint, mounts)
     ancestors = _ancestors(config.mountpoint)
     for what, path, place in places:
         same = (here.dev, here.path) == (place.dev, place.path)
@@ -194,6 +208,10 @@ def _mountpoint_place(path: str, mounts: list[Mount]) -> Place:
         if error.errno == errno.ENOTCONN:
             raise BusyError(f"mount point {path} holds a dead mount: clear it with unionfs umount {path}") from None
         raise LayerError(f"mount point {path} can't be opened: {error.strerror}") from None
+
+
+def _dead_line(path: str) -> str:
+    return f"mount point {path} holds a dead mount: clear it with unionfs umount {path}"
 
 
 def _ancestors(path: str) -> set[tuple[int, int]]:

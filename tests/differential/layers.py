@@ -155,7 +155,7 @@ def _bottom(b: Builder) -> None:
     b.xattr(b"acl/f", b"system.posix_acl_access", ACL_U2)
     b.xattr(b"acl", b"system.posix_acl_default", ACL_G2000)
     b.file(b"links/h1", pattern(15, 700), 0o666, 1001, 1001)
-    for name in (b"links/h2", b"links/h3", b"d/h4", b"tmp/h5"):
+    for name in (b"links/h2", b"links/h3", b"links/h4", b"links/h5"):
         b.link(b"links/h1", name)
     b.symlink(b"links/s1", b"h1")
     b.link(b"links/s1", b"links/s2")
@@ -188,7 +188,8 @@ def _bottom(b: Builder) -> None:
     b.file(b"t/d2f/inside", b"directory below, file above")
     b.file(b"t/d2l/inside", b"directory below, link above")
     b.file(b"w/whited", b"whited out in l2")
-    b.file(b"w/marked", b"whited out by xattr in l2")
+    b.file(b"xw/marked", b"whited out by xattr in l2")
+    b.file(b"xw/seen", b"beside it")
     b.file(b"w/back", b"whited out in l2, back in l1")
     b.file(b"e/only", b"whited out in l2: the directory is empty")
     b.file(b"r/one/p", b"p")
@@ -210,10 +211,10 @@ def _middle(b: Builder) -> None:
     b.file(b"t/f2d/inside", b"in the directory above")
     b.file(b"t/d2f", b"now a file")
     b.symlink(b"t/d2l", b"../d")
-    b.dir(b"w", opaque=b"x")
     b.whiteout(b"w/whited")
-    b.file(b"w/marked")
-    b.xattr(b"w/marked", b"trusted.overlay.whiteout", b"y")
+    b.dir(b"xw", opaque=b"x")
+    b.file(b"xw/marked")
+    b.xattr(b"xw/marked", b"trusted.overlay.whiteout", b"y")
     b.whiteout(b"w/back")
     b.whiteout(b"e/only")
     b.file(b"k/l1", pattern(32, 44), 0o666)
@@ -332,11 +333,11 @@ def directories() -> list[bytes]:
 def paths() -> list[bytes]:
     """Every path of the fixture worth doing something to, sorted; the root is ``b"."``."""
     fixed = rb"""
-        . d d/f1 d/f2 d/mid d/sub d/sub/x d/sub/y d/deep d/deep/e d/deep/e/f d/h4 d/f3 m m/a m/b m/c m/sub m/moved
+        . d d/f1 d/f2 d/mid d/sub d/sub/x d/sub/y d/deep d/deep/e d/deep/e/f links/h4 d/f3 m m/a m/b m/c m/sub m/moved
         m/moved/b m/moved/c m/moved/d m/due m/due/q home home/f home/x home/dir home/dir/g home/locked home/locked/r home/s
-        tmp tmp/one tmp/two tmp/open tmp/open/z tmp/h5 sgid sgid/f sgid/n acl acl/f links links/h1 links/h2 links/h3
+        tmp tmp/one tmp/two tmp/open tmp/open/z links/h5 sgid sgid/f sgid/n acl acl/f links links/h1 links/h2 links/h3
         links/s1 links/s2 sp sp/fifo sp/sock sp/null sp/blk sp/todir sp/todir/f1 sp/dangling sp/loop sp/far x x/cap x/attrs
         x/sparse x/big x/renamed x/old x/gone n o o/below o/both t t/f2d t/f2d/again t/f2d/inside t/d2f t/d2l
-        w w/whited w/marked w/back e e/only k k/l1 k/l2 k/top r r/one r/uno r/uno/p mix""".split()
+        w w/whited w/back e e/only k k/l1 k/l2 k/top r r/one r/uno r/uno/p mix""".split()
     odd = [b"n/" + RAW_NAME, b"n/" + LONG_NAME, b"n/sp ace\n"]
     return fixed + odd + _MIX

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import deviations, layers, snapshot
-from .driver import Driver, Outcome, View
-from .layers import Kinds
+from .driver import Driver, Fields, Outcome, View
 from .model import Model
 from .operations import MACHINE_KINDS, Op, Sequence, paths
-from .sides import Backing, MountTrouble, Side
+from .sides import LOWERS, Backing, MountTrouble, Side
+from .snapshot import Tree
 
 _PATIENCE = 60.0
 
@@ -53,13 +53,14 @@ class Machine:
         self.finished: list[tuple[Sequence, str, int]] = []
         self.late: list[Difference] = []
         self.drivers: list[Driver] = []
+        self.swapped = False
         self.runs = 0
 
     # Life of the mounts
 
     def start(self) -> None:
         """Build the layers and mount both sides."""
-        for backing, side in zip(self.backings, self.sides):
+        for backing, side in zip(self.backings, self.sides, strict=True):
             backing.mount()
             side.prepare()
             self.listings = layers.build(side, self.pool)
@@ -83,7 +84,7 @@ class Machine:
                 backing.unmount()
 
     def _mount(self) -> None:
-        for side, implementation in zip(self.sides, self.implementations):
+        for side, implementation in zip(self.sides, self.implementations, strict=True):
             side.mount(implementation)
 
     def _unmount(self) -> None:
@@ -125,7 +126,7 @@ class Machine:
             for side in self.sides:
                 root = side.path_of("merged", name)
                 trees.append(snapshot.merged(root, View(os.lstat(root).st_dev, started, None)))
-            if lines := deviations.filtered(snapshot.differences(*trees)):
+            if lines := differences(trees[0], trees[1], swapped=True):
                 crossed = Sequence(sequence.variant, sequence.watch, (*sequence.ops, Op("swap", "root", ())))
                 self.late.append(Difference(crossed, "mounted crosswise:\n" + "\n".join(lines)))
 
@@ -140,6 +141,7 @@ class Machine:
             self.renew()
         name = self.free[sequence.variant].pop()
         started, done, use_labels = time.time_ns(), list[Op](), self.kind == "tmpfs"
+        self.swapped = False
         model = Model(self.listings[sequence.variant], sequence.focus)
         self.runs += 1
 
@@ -201,8 +203,8 @@ class Machine:
             expected, got = (driver.run(op) for driver in self.drivers)
         if trace:
             print(f"{tuple(op)!r}\n    {expected}\n    {got}")
-        if expected != got:
-            raise _Found(_outcomes(op, expected, got))
+        if difference := _outcomes(op, expected, got, self.swapped):
+            raise _Found(difference)
         return expected[0] == "ok"
 
     def _look_at(self, done: list[Op]) -> None:
@@ -231,6 +233,7 @@ class Machine:
             driver.disconnect()
         self._unmount()
         if fresh_labels:
+            self.swapped = True
             self.sides.reverse()
             self.drivers.reverse()
         self._mount()
@@ -242,21 +245,28 @@ class Machine:
     def _compare_trees(self, name: str) -> None:
         with self._watchdog():
             trees = [
-                snapshot.merged(side.path_of("merged", name), driver.view) for side, driver in zip(self.sides, self.drivers)
+                snapshot.merged(side.path_of("merged", name), driver.view) for side, driver in zip(self.sides, self.drivers, strict=True)
             ]
-        _report("the merged trees differ", snapshot.differences(*trees))
+        self._report("the merged trees differ", *trees)
+
+    def _report(self, headline: str, expected: Tree, got: Tree) -> None:
+        if lines := differences(expected, got, self.swapped):
+            raise _Found("\n".join([headline + ":", *lines[:20], *(["..."] if len(lines) > 20 else [])]))
 
     def _compare_upper(self, name: str) -> None:
         stored, indexes, left = [], [], []
-        for side, driver in zip(self.sides, self.drivers):
-            known = snapshot.handles({layer: side.path_of(layer, name) for layer in ("l1", "l2", "l3")})
-            known |= snapshot.handles({"upper": side.path_of("upper", name)})
+        for side, driver in zip(self.sides, self.drivers, strict=True):
+            roots = {layer: side.path_of(layer, name) for layer in ("upper", *LOWERS)}
+            known, names = snapshot.handles(roots)
             view = View(side.upper.stat().st_dev, driver.started, None)
-            stored.append(snapshot.on_disk(side.path_of("upper", name), view, known))
-            indexes.append(snapshot.index(os.fsencode(side.work), view, known))
+            entries, indexed = snapshot.index(os.fsencode(side.work), view, known)
+            tree = snapshot.on_disk(roots["upper"], view, known, indexed)
+            prefix = os.fsencode(f"/{name}/")
+            stored.append(deviations.comparable(tree, indexed, names, prefix))
+            indexes.append(deviations.comparable(entries, indexed, names, prefix))
             left.append(snapshot.leftovers(os.fsencode(side.work)))
-        _report("the upper layers differ", snapshot.differences(*stored))
-        _report("the indexes differ", snapshot.differences(*indexes))
+        self._report("the upper layers differ", *stored)
+        self._report("the indexes differ", *indexes)
         if left[0] != left[1]:
             raise _Found(f"left in the work directory: expected {left[0]}, got {left[1]}")
 
@@ -266,16 +276,36 @@ class Machine:
                 raise _Found(f"the daemon's log says:\n{text}")
 
 
-def _outcomes(op: Op, expected: Outcome, got: Outcome) -> str:
-    """The differing outcomes in words; of two dictionaries only what differs."""
+def _outcomes(op: Op, expected: Outcome, got: Outcome, swapped: bool) -> str:
+    """The difference between two outcomes in words, of two dictionaries only what differs; empty when there is none."""
+    if expected == got:
+        return ""
     one, two = expected[1], got[1]
     if isinstance(one, dict) and isinstance(two, dict):
-        lines = [f"{key}: expected {one.get(key)!r}, got {two.get(key)!r}" for key in one | two if one.get(key) != two.get(key)]
-        return f"{op.kind} {op.args!r} by {op.user}: " + "; ".join(lines)
+        lines = _fields_differ(one, two, swapped)
+        return f"{op.kind} {op.args!r} by {op.user}: " + "; ".join(lines) if lines else ""
     return f"{op.kind} {op.args!r} by {op.user}: expected {expected}, got {got}"
 
 
-def _report(headline: str, lines: list[str]) -> None:
-    lines = deviations.filtered(lines)
-    if lines:
-        raise _Found("\n".join([headline + ":", *lines[:20], *(["..."] if len(lines) > 20 else [])]))
+def differences(expected: Tree, got: Tree, swapped: bool) -> list[str]:
+    """One line for each difference, sorted by path; ``swapped``: each side was served by both implementations."""
+    lines = []
+    for path in sorted(expected.keys() | got.keys()):
+        if path not in got:
+            lines.append(f"{path!r}: missing; expected {expected[path]}")
+        elif path not in expected:
+            lines.append(f"{path!r}: should not exist, is {got[path]}")
+        else:
+            lines += [f"{path!r}: {line}" for line in _fields_differ(expected[path], got[path], swapped)]
+    return lines
+
+
+def _fields_differ(expected: Fields, got: Fields, swapped: bool) -> list[str]:
+    """One line for each field that differs and may not."""
+    lines = []
+    for key in expected | got:
+        one, two = expected.get(key), got.get(key)
+        if one == two or deviations.tolerable(key, one, two) or (swapped and deviations.tolerable(key, two, one)):
+            continue
+        lines.append(f"{key}: expected {one!r}, got {two!r}")
+    return lines

@@ -99,7 +99,7 @@ class Side:
         lowers = ":".join(str(self.lower(name)) for name in LOWERS)
         layers = f"lowerdir={lowers},upperdir={self.upper},workdir={self.work}"
         if implementation == "kernel":
-            _run("mount", "-t", "overlay", "-o", f"noatime,{layers},{OPTIONS}", "overlay", str(self.merged))
+            self._mount_kernel(f"noatime,{layers},{OPTIONS}")
         elif implementation == "ours":
             options = f"noatime,{OPTIONS}"
             extra = ("--work", str(self.work), "--log-file", str(self.log))
@@ -108,6 +108,17 @@ class Side:
         else:
             _run("/usr/bin/fuse-overlayfs", "-o", f"noatime,allow_other,{layers}", str(self.merged))
         self.serving = implementation
+
+    def _mount_kernel(self, options: str) -> None:
+        """Mount overlayfs; a mount namespace that somebody made meanwhile may hold the last mount for a moment."""
+        for attempt in range(20):
+            try:
+                _run("mount", "-t", "overlay", "-o", options, "overlay", str(self.merged))
+                return
+            except MountTrouble as trouble:
+                if "busy" not in str(trouble) or attempt == 19:
+                    raise
+                time.sleep(0.5)
 
     def unmount(self) -> None:
         """Unmount and wait until upper and work are free again."""

@@ -80,15 +80,21 @@ def merged(root: bytes, view: View) -> Tree:
     return tree
 
 
-def handles(layers: dict[str, bytes]) -> Handles:
-    """File handle of everything in the subtrees ``layers`` (name: path) → a name for it that both sides share."""
+def handles(layers: dict[str, bytes]) -> tuple[Handles, dict[str, set[bytes]]]:
+    """Names for everything in the subtrees ``layers`` (name: path) that both sides share.
+
+    By file handle, a name made of the layer and the first path; by that name, all paths.
+    """
     found: Handles = {}
+    names: dict[str, set[bytes]] = {}
     for layer, root in layers.items():
         if not os.path.lexists(root):
             continue
         for relative, _ in _walk(root):
-            found.setdefault(syscalls.file_handle(os.path.join(root, relative)), f"{layer}:{os.fsdecode(relative)}")
-    return found
+            handle = syscalls.file_handle(os.path.join(root, relative))
+            label = found.setdefault(handle, f"{layer}:{os.fsdecode(relative)}")
+            names.setdefault(label, set()).add(relative)
+    return found, names
 
 
 def _origin(value: bytes, known: Handles) -> object:
@@ -134,8 +140,12 @@ def is_whiteout(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
-def on_disk(root: bytes, view: View, known: Handles) -> Tree:
-    """An upper layer's subtree as it is stored; ``known`` gives meaning to the file handles in it."""
+def on_disk(root: bytes, view: View, known: Handles, indexed: dict[int, str]) -> Tree:
+    """An upper layer's subtree as it is stored.
+
+    Arguments: ``known`` gives meaning to the file handles in it, ``indexed`` are the inodes that the index has, with the
+    lower file that each stands for.
+    """
     tree: Tree = {}
     first: dict[int, bytes] = {}
     if not os.path.lexists(root):
@@ -145,22 +155,27 @@ def on_disk(root: bytes, view: View, known: Handles) -> Tree:
         if is_whiteout(status):
             tree[relative] = {"type": "whiteout", "xattrs": _disk_xattrs(path, known)}
             continue
-        fields = view.fields(status)
-        fields["same file as"] = first.setdefault(status.st_ino, relative)
-        fields["content"] = _content(path, status)
-        fields["xattrs"] = _disk_xattrs(path, known)
-        if stat.S_ISREG(status.st_mode):
-            fields["extents"] = _extents(path)
-        tree[relative] = fields
+        tree[relative] = _stored(path, status, view, known)
+        tree[relative]["same file as"] = indexed.get(status.st_ino) or first.setdefault(status.st_ino, relative)
     return tree
 
 
-def index(work: bytes, view: View, known: Handles) -> Tree:
-    """The index directory of a work directory, entries named by the lower file that they stand for.
+def _stored(path: bytes, status: os.stat_result, view: View, known: Handles) -> Fields:
+    """One object of an upper layer or an index."""
+    fields = view.fields(status)
+    fields["content"] = _content(path, status)
+    fields["xattrs"] = _disk_xattrs(path, known)
+    if stat.S_ISREG(status.st_mode):
+        fields["extents"] = _extents(path)
+    return fields
+
+
+def index(work: bytes, view: View, known: Handles) -> tuple[Tree, dict[int, str]]:
+    """The index directory of a work directory, entries named by the lower file that they stand for; and their inodes.
 
     Entries of other subtrees, whose handles ``known`` lacks, are left out.
     """
-    root, tree = os.path.join(work, b"index"), Tree()
+    root, tree, inodes = os.path.join(work, b"index"), Tree(), dict[int, str]()
     for name in os.listdir(root) if os.path.isdir(root) else ():
         path = os.path.join(root, name)
         if name.startswith(b"#"):
@@ -173,9 +188,11 @@ def index(work: bytes, view: View, known: Handles) -> Tree:
         origin = known.get((value[4], value[21:])) if len(value) > 21 else "malformed"
         if origin:
             status = os.lstat(path)
-            kind: object = "whiteout" if is_whiteout(status) else view.fields(status)
-            tree[os.fsencode(origin)] = {"entry": kind, "xattrs": _disk_xattrs(path, known)}
-    return tree
+            inodes[status.st_ino] = origin
+            tree[os.fsencode(origin)] = (
+                {"type": "whiteout"} if is_whiteout(status) else _stored(path, status, view, known)
+            )
+    return tree, inodes
 
 
 def leftovers(work: bytes) -> list[bytes]:
@@ -191,18 +208,3 @@ def leftovers(work: bytes) -> list[bytes]:
             if (place == b"work" or name.startswith(b"#")) and not is_whiteout(status):
                 found.append(os.path.join(place, name))
     return found
-
-
-def differences(expected: Tree, got: Tree) -> list[str]:
-    """One line for each difference, sorted by path."""
-    lines = []
-    for path in sorted(expected.keys() | got.keys()):
-        if path not in got:
-            lines.append(f"{path!r}: missing; expected {expected[path]}")
-        elif path not in expected:
-            lines.append(f"{path!r}: should not exist, is {got[path]}")
-        else:
-            one, two = expected[path], got[path]
-            keys = [key for key in (*one, *(key for key in two if key not in one)) if one.get(key) != two.get(key)]
-            lines += [f"{path!r}: {key}: expected {one.get(key)!r}, got {two.get(key)!r}" for key in keys]
-    return lines

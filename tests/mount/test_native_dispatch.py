@@ -46,6 +46,32 @@ def test_requests_go_on_while_handlers_wait(fs: Served) -> None:
     fs.end()
 
 
+def test_requests_go_on_while_the_host_reads(ground: Path) -> None:
+    """Reads that the host's cache can't answer wait in the native layer's threads. The host here is a slow FUSE."""
+    (ground / "below").mkdir()
+    (ground / "above").mkdir()
+    with served(ground / "below", "plain", "dispatch") as below:
+        for number in range(6):
+            (below.source / f"lazy{number}").write_bytes(b"data" * number)
+        (ground / "above" / "source").symlink_to(below.mnt)
+        with served(ground / "above", "dispatch") as above:
+            results: list[bytes] = []
+            readers = [
+                threading.Thread(target=lambda path=path: results.append(path.read_bytes()))  # type: ignore[misc]
+                for path in (above.mnt / f"lazy{number}" for number in range(6))
+            ]
+            for thread in readers:
+                thread.start()
+            answered = 0
+            while any(thread.is_alive() for thread in readers):
+                (above.mnt / "lazy0").chmod(0o600 + answered % 8)
+                answered += 1
+            assert sorted(results) == [b"data" * number for number in range(6)]
+            assert answered > 20
+            above.end()
+        below.end()
+
+
 def test_other_tasks_run_under_load(fs: Served) -> None:
     """A task that wakes up every millisecond goes on while requests come without a pause."""
     stop = threading.Event()

@@ -1,7 +1,8 @@
 """The native layer under a bare passthrough file system: what it serves, and what still reaches Python.
 
 The file system runs in a process of its own (`python -m tests.mount.test_native_fs SOURCE MOUNTPOINT [word...]`), does
-nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`.
+nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`, `passthrough`,
+`ticks` (a task that counts its turns).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
     """Mount `source` on `mountpoint` and serve it until it is unmounted, or until SIGTERM."""
     from unionfs import native
 
-    loaded = "plain" not in words and native.load()
+    loaded = "plain" not in words and native.load(passthrough="passthrough" in words)
     import pyfuse3
     import trio
 
@@ -58,6 +59,8 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
             super().__init__()
             self.paths = {pyfuse3.ROOT_INODE: os.fsencode(source)}
             self.nodes: dict[bytes, int] = {}
+            self.modes = native.IoModes()
+            self.node_of: dict[int, int] = {}
 
         def _entry(self, path: bytes) -> pyfuse3.EntryAttributes:
             try:
@@ -66,18 +69,20 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
                 raise fail(error) from None
             node = self.nodes.setdefault(path, len(self.nodes) + 2)
             self.paths[node] = path
-            entry = self._attributes(st)
+            entry = self._attributes(st, node)
             entry.st_ino = node
             entry.generation = st.st_ino
             return entry
 
-        def _attributes(self, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        def _attributes(self, st: os.stat_result, node: int) -> pyfuse3.EntryAttributes:
             entry = pyfuse3.EntryAttributes()
             for name in ("mode", "nlink", "uid", "gid", "rdev", "size", "blksize", "blocks", "ino"):
                 setattr(entry, f"st_{name}", getattr(st, f"st_{name}"))
             for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
                 setattr(entry, name, getattr(st, name))
             entry.entry_timeout = entry.attr_timeout = 1e6
+            if self.modes.passed(node) and st.st_mode & (stat.S_ISUID | stat.S_ISGID):
+                entry.attr_timeout = 0
             return entry
 
         async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
@@ -88,7 +93,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
 
         async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
             calls["getattr"] += 1
-            return self._attributes(os.lstat(self.paths[inode]))
+            return self._attributes(os.lstat(self.paths[inode]), inode)
 
         async def setattr(self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
             calls["setattr"] += 1
@@ -118,17 +123,26 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
 
         async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
             calls["open"] += 1
-            return self._open(self.paths[inode], flags)
+            return self._opened(inode, self._open(self.paths[inode], flags))
+
+        def _opened(self, node: int, info: pyfuse3.FileInfo) -> pyfuse3.FileInfo:
+            self.node_of[info.fh] = node
+            allowed = not os.fstat(info.fh).st_mode & (stat.S_ISUID | stat.S_ISGID)
+            self.modes.opened(node, info.fh, allowed=allowed)
+            return info
 
         async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
             calls["create"] += 1
             path = self.paths[parent] + b"/" + name
             info = self._open(path, flags | os.O_CREAT, mode & ~(ctx.umask if native.active() else 0))
             os.chown(info.fh, ctx.uid, ctx.gid)
-            return info, self._entry(path)
+            entry = self._entry(path)
+            return self._opened(entry.st_ino, info), entry
 
         async def read(self, fh: int, offset: int, size: int) -> bytes:
             calls["read"] += 1
+            if b"/lazy" in self.paths[self.node_of[fh]]:
+                await trio.sleep(0.5)
             return os.pread(fh, size, offset)
 
         async def write(self, fh: int, offset: int, data: bytes) -> int:
@@ -143,6 +157,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
 
         async def release(self, fh: int) -> None:
             calls["release"] += 1
+            self.modes.released(self.node_of[fh])
             os.close(fh)
 
         async def opendir(self, inode: int, ctx: Any) -> int:
@@ -208,7 +223,8 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
         from unionfs import dispatch
 
         dispatch.install()
-    pyfuse3.init(Passthrough(), mountpoint, {*pyfuse3.default_options, "allow_other", "fsname=native-test"})
+    options = {*pyfuse3.default_options, "allow_other", "suid", "fsname=native-test"}
+    pyfuse3.init(Passthrough(), mountpoint, options)
     try:
         trio.run(main)
     finally:
@@ -232,7 +248,7 @@ class Served:
         for directory in (self.source, self.mnt):
             directory.mkdir(exist_ok=True)
         self.source.chmod(0o777)
-        command = [sys.executable, "-m", "tests.mount.test_native_fs", str(self.source), str(self.mnt), *words]
+        command = [sys.executable, "-m", "tests.mount.test_native_fs", str(self.source.resolve()), str(self.mnt), *words]
         self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         self.first = self._line()
 

@@ -259,6 +259,7 @@ def test_no_space_on_upper(make_stack: StackMaker, kind: Kind, ground: Path) -> 
         stack.umount()
 
 
+@pytest.mark.expected_log("was last used by a volatile mount")
 def test_volatile_refuses_a_dirty_remount(stack: Stack) -> None:
     build(stack.lower, {"f": b"x"})
     root = stack.mount("volatile")
@@ -275,6 +276,7 @@ def test_volatile_refuses_a_dirty_remount(stack: Stack) -> None:
     assert (root / "f").read_bytes() == b"xy"
 
 
+@pytest.mark.expected_log("was last used by a volatile mount")
 def test_a_volatile_mark_of_the_kernels_is_respected(make_stack: StackMaker) -> None:
     stack = make_stack("overlay")
     stack.mount("volatile")

@@ -70,7 +70,7 @@ def opened_interpreter() -> str:
             lines.append(f"exec {20 + number}<'{path}'")
         lines.append(f"mount -t tmpfs -o mode=755 tmpfs '{closed}'")
         for number, path in enumerate(inside):
-            lines.append(f"mkdir -p '{path}' && mount --bind /proc/self/fd/{20 + number} '{path}'")
+            lines.append(f"mkdir -p '{path}' && mount --no-canonicalize --bind /proc/self/fd/{20 + number} '{path}'")
     return "\n".join(lines)
 
 

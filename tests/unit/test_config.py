@@ -316,7 +316,6 @@ def test_errors_cross_a_process_border() -> None:
 def test_any_command_line_parses_or_is_refused(positionals: list[str], options: list[str]) -> None:
     try:
         made = parse_mount([text.replace("\0", "") for text in positionals], options)
-    except UsageError as error:
-        assert str(error)
-    else:
-        assert os.path.isabs(made.mountpoint)
+    except UsageError:
+        return
+    assert os.path.isabs(made.mountpoint)
