@@ -534,7 +534,7 @@ static const struct fuse_lowlevel_ops *adopt_ops(const struct fuse_lowlevel_ops 
 	return &ours;
 }
 
-/* Up to libfuse 3.16 this is the exported name. From 3.17 on it is a macro for one of the two that follow. */
+/* Up to libfuse 3.16 this is the function that programs call; from 3.17 on it is a macro for the one that follows. */
 #undef fuse_session_new
 struct libfuse_version;
 HOOK struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size,
@@ -547,12 +547,6 @@ HOOK struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, con
 						     size_t size, struct libfuse_version *version, void *userdata)
 {
 	return adopt(REAL(fuse_session_new_versioned)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata));
-}
-
-HOOK struct fuse_session *_fuse_session_new_317(struct fuse_args *args, const struct fuse_lowlevel_ops *ops,
-						size_t size, struct libfuse_version *version, void *userdata)
-{
-	return adopt(REAL(_fuse_session_new_317)(args, adopt_ops(ops, size), sizeof(*ops), version, userdata));
 }
 
 /* ------------------------------------------------------------------ raw requests */

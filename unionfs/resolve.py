@@ -383,27 +383,30 @@ class Resolver:
         return stat.S_ISREG(st.st_mode) and st.st_size == 0
 
     def _find_data_only(self, walk: _Walk, found: Found) -> None:
-        """Look for a metacopy's data in the data-only layers (``ovl_maybe_lookup_lowerdata``)."""
-        if found.stack[-1] != 0 or found.layer != 0:
-            for layer in self._layers.data:
-                if walk.redirect is None or not walk.redirect.startswith(b"/"):
-                    break
-                try:
-                    fd = sysio.open_beneath(layer.fd, walk.redirect[1:], sysio.O_PATH_NOFOLLOW)
-                except OSError as exc:
-                    if exc.errno in _ABSENT or exc.errno in (errno.ELOOP, errno.EXDEV):
-                        continue
-                    raise
-                regular = stat.S_ISREG(os.fstat(fd).st_mode)
-                os.close(fd)
-                if regular:
-                    found.data = (layer.index, walk.redirect[1:])
-                    return
-        raise OSError(errno.EIO, "metacopy without data", walk.name)
+        """Look for a metacopy's data in the data-only layers (``ovl_maybe_lookup_lowerdata``).
+
+        Where it is missing there, only opening the file fails; a metacopy that can't have data there is EIO at once.
+        """
+        redirect = walk.redirect
+        in_lower = found.stack[-1] != 0
+        if not self._layers.data or not in_lower or redirect is None or not redirect.startswith(b"/"):
+            raise OSError(errno.EIO, "metacopy without data", walk.name)
+        for layer in self._layers.data:
+            try:
+                fd = sysio.open_beneath(layer.fd, redirect[1:], sysio.O_PATH_NOFOLLOW)
+            except OSError as exc:
+                if exc.errno in _ABSENT or exc.errno in (errno.ELOOP, errno.EXDEV):
+                    continue
+                raise
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            os.close(fd)
+            if regular:
+                found.data = (layer.index, redirect[1:])
+                return
 
     @property
     def decodes_handles(self) -> bool:
-        """Tell whether file handles of lowers can be opened (CAP_DAC_READ_SEARCH, and a file system that has them)."""
+        """Tell whether file handles of lowers can be opened."""
         return bool(self._decodable)
 
     # -- origin and index --

@@ -281,7 +281,7 @@ class Tree:
             raise OSError(errno.EIO, "metacopy without a name")
         found = self.resolver.lookup(node.parent, node.name)
         if found is None or found.data is None:
-            raise OSError(errno.EIO, "metacopy without data", node.name)
+            raise OSError(errno.ENOENT, "the data of a metacopy is missing", node.name)
         layer, where = found.data
         if where is None or where.startswith(b"/"):
             name = node.name if where is None else where[1:]

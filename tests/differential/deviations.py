@@ -46,7 +46,7 @@ def _of_any_name(fields: dict[str, object], names: dict[str, set[bytes]], subtre
     if match := re.fullmatch(rb"U([+-]\d+)", xattrs.pop("trusted.overlay.nlink", b"")):
         nlink += int(match[1])
     redirect = xattrs.get("trusted.overlay.redirect", b"").removeprefix(subtree)
-    found = [origin for origin, paths in names.items() if redirect in paths]
+    found = [origin for origin, paths in names.items() if redirect in paths and not origin.startswith("upper:")]
     if found:
         xattrs["trusted.overlay.redirect"] = found
     return {**fields, "xattrs": xattrs, "nlink": nlink}

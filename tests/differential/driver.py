@@ -273,12 +273,17 @@ class Driver:
         """Remove everything below ``path``, and ``path``, as far as it goes; not the whole subtree."""
         if os.path.samefile(path, b"."):
             return "left out"
-        removed = 0
-        for directory, directories, files in os.walk(path, topdown=False):
-            for name in sorted(files + directories):
-                child = os.path.join(directory, name)
-                is_directory = stat.S_ISDIR(os.lstat(child).st_mode)
-                (os.rmdir if is_directory else os.unlink)(child)
+        return self._remove_all(path)
+
+    def _remove_all(self, path: bytes) -> int:
+        """Remove in sorted order up to the first error; how much went."""
+        removed = 1
+        for name in sorted(os.listdir(path)):
+            child = os.path.join(path, name)
+            if stat.S_ISDIR(os.lstat(child).st_mode):
+                removed += self._remove_all(child)
+            else:
+                os.unlink(child)
                 removed += 1
         os.rmdir(path)
         return removed
