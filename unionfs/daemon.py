@@ -331,7 +331,16 @@ def _log_handler(config: MountConfig) -> tuple[logging.Handler, str | None]:
     else:
         handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter(layout))
+    handler.addFilter(_is_news)
     return handler, path
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record is worth keeping: not that the kernel took back a request that was being answered.
+
+    An interrupted request, or one aborted by the unmount, makes the reply fail with ENOENT; pyfuse3 reports that.
+    """
+    return record.name != "pyfuse3" or not record.getMessage().endswith("failed with No such file or directory")
 
 
 def _file_handler(path: str) -> logging.Handler:

@@ -27,7 +27,7 @@ from unionfs import native
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.dirops import Caller
-from unionfs.inodes import META, Dir, Node
+from unionfs.inodes import INDEXED, META, Dir, Node
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,14 @@ class UnionOperations(pyfuse3.Operations):
 
     # -- helpers --
 
+    def _named(self, node: Node, st: os.stat_result, parent: Dir, name: bytes) -> EntryAttributes:
+        """Build the reply for a name that was looked up or listed; the caller counts the lookup."""
+        attr = self._entry(node, st)
+        if (st.st_nlink > 1 or node.flags & INDEXED) and self._tree.awaits_link(node, parent, name, st):
+            attr.entry_timeout = 0
+        return attr
+
     def _entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
-        """Build the reply for a name; the caller counts the lookup."""
         attr = self._attributes(node, st)
         attr.st_ino = node.id
         if node.ino != node.id and self._native:
@@ -194,7 +200,7 @@ class UnionOperations(pyfuse3.Operations):
             return self._absent()
         node, st = looked
         node.nlookup += 1
-        return self._entry(node, st)
+        return self._named(node, st, parent, name)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups off nodes; those without any go."""
@@ -218,7 +224,7 @@ class UnionOperations(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         """Change attributes (``ovl_setattr``)."""
-        kill = bool(fields.update_size) and native.kill_suidgid(ctx.uid)
+        kill = self._caller(ctx) if fields.update_size and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
         changes = Changes(
             mode=attr.st_mode if fields.update_mode else None,
@@ -228,7 +234,7 @@ class UnionOperations(pyfuse3.Operations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        st = await self._settled(self._union.setattr, node, changes, -1 if fh is None else fh, kill_suidgid=kill)
+        st = await self._settled(self._union.setattr, node, changes, -1 if fh is None else fh, kill_for=kill)
         return self._attributes(node, st)
 
     @handler
@@ -296,9 +302,9 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; the handle is the number of a descriptor of its data."""
-        kill = bool(flags & os.O_TRUNC) and native.kill_suidgid(ctx.uid)
+        kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
-        fd = await self._settled(self._union.open_file, node, flags, kill_suidgid=kill)
+        fd = await self._settled(self._union.open_file, node, flags, kill_for=kill)
         return FileInfo(fh=fd, keep_cache=True)
 
     @handler
@@ -320,7 +326,7 @@ class UnionOperations(pyfuse3.Operations):
         """Write to an open file; with the native layer this is served there."""
         done = os.pwrite(fh, buf, off)
         # Without the native layer nobody says who writes, and the kernel leaves suid and sgid to us.
-        clear_suidgid(fh)
+        clear_suidgid(fh, None)
         return done
 
     @handler
@@ -387,7 +393,7 @@ class UnionOperations(pyfuse3.Operations):
         if looked is None:
             return True  # gone since the listing was made
         node, st = looked
-        if not pyfuse3.readdir_reply(token, name, self._entry(node, st), position):
+        if not pyfuse3.readdir_reply(token, name, self._named(node, st, parent, name), position):
             self._tree.forget(node, 0)
             return False
         node.nlookup += 1

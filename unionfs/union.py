@@ -36,7 +36,6 @@ from unionfs.workdir import WorkDir
 log = logging.getLogger(__name__)
 
 _WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
-_SUID_SGID: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class Changes(NamedTuple):
@@ -163,7 +162,7 @@ class Union:
 
     # -- files --
 
-    def open_file(self, node: Node, flags: int, *, kill_suidgid: bool = False) -> int:
+    def open_file(self, node: Node, flags: int, *, kill_for: Caller | None = None) -> int:
         """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
         if node.is_dir:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -172,8 +171,8 @@ class Union:
         if self.config.volatile:
             flags &= ~(os.O_SYNC | os.O_DSYNC)
         fd = self.tree.open_real(node, flags)
-        if flags & os.O_TRUNC and kill_suidgid:
-            clear_suidgid(fd)
+        if flags & os.O_TRUNC and kill_for is not None:
+            clear_suidgid(fd, kill_for)
         self._opened(node, fd)
         return fd
 
@@ -217,12 +216,15 @@ class Union:
 
     # -- attributes --
 
-    def setattr(self, node: Node, changes: Changes, fd: int = -1, *, kill_suidgid: bool = False) -> os.stat_result:
-        """Change attributes; *fd* is an open handle that a truncation came through."""
+    def setattr(self, node: Node, changes: Changes, fd: int = -1, *, kill_for: Caller | None = None) -> os.stat_result:
+        """Change attributes.
+
+        *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
+        """
         self.up.node(node, data=changes.size is not None, size=changes.size)
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
-            self._truncate(node, fd, changes.size, kill_suidgid=kill_suidgid)
+            self._truncate(node, fd, changes.size, kill_for=kill_for)
         if changes.uid is not None or changes.gid is not None:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
@@ -245,14 +247,14 @@ class Union:
             dirfd, name = self.tree.place(node)
             sysio.chmod_at(dirfd, name, bits)
 
-    def _truncate(self, node: Node, fd: int, size: int, *, kill_suidgid: bool) -> None:
+    def _truncate(self, node: Node, fd: int, size: int, *, kill_for: Caller | None) -> None:
         mine = fd < 0 or fd not in self.open_files
         if mine:
             fd = self.tree.open_real(node, os.O_WRONLY)
         try:
             os.ftruncate(fd, size)
-            if kill_suidgid:
-                clear_suidgid(fd)
+            if kill_for is not None:
+                clear_suidgid(fd, kill_for)
         finally:
             if mine:
                 os.close(fd)
@@ -292,14 +294,28 @@ class Union:
         return bool(node.flags & META)
 
 
-def clear_suidgid(fd: int) -> None:
-    """Clear set-user-id, and set-group-id of a group-executable file (``setattr_should_drop_suidgid``)."""
-    mode = os.fstat(fd).st_mode
-    drop = mode & stat.S_ISUID | (
-        stat.S_ISGID if mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP else 0
-    )
+def clear_suidgid(fd: int, who: Caller | None) -> None:
+    """Clear what a change of data by an ordinary user clears: set-user-id, and set-group-id of a group-executable file.
+
+    Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``).
+    """
+    st = os.fstat(fd)
+    drop = st.st_mode & stat.S_ISUID
+    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not _in_group(who, st.st_gid))):
+        drop |= stat.S_ISGID
     if drop:
-        os.fchmod(fd, stat.S_IMODE(mode) & ~drop)
+        os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
+
+
+def _in_group(who: Caller, gid: int) -> bool:
+    if who.gid == gid:
+        return True
+    try:
+        with open(f"/proc/{who.pid}/status", encoding="ascii", errors="replace") as lines:
+            groups = next((line for line in lines if line.startswith("Groups:")), "")
+    except OSError:
+        return False
+    return str(gid) in groups.split()[1:]
 
 
 def _descriptor_room(layers: int) -> int:
