@@ -43,6 +43,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -90,10 +91,11 @@ static void *next_symbol(const char *name)
 
 /* ------------------------------------------------------------------ state */
 
-enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, COUNTERS };
+enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, COUNTERS };
 
 static const char *const counter_names[COUNTERS] = {
 	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
+	"getattr", "setattr", "getxattr",
 };
 
 static uint64_t counters[COUNTERS];
@@ -101,6 +103,7 @@ static struct fuse_session *session; /* pyfuse3's, from our fuse_session_new to 
 static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
 static bool ask_passthrough; /* before INIT: whether to ask for it */
+static bool cache_directories; /* whether the kernel may keep listings until it changes the directory itself */
 static bool passthrough; /* after INIT: whether the kernel has it */
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
 
@@ -454,6 +457,216 @@ static void serve_flush(fuse_req_t req, fuse_ino_t ino UNUSED, struct fuse_file_
 	fuse_reply_err(req, ENOSYS);
 }
 
+/* ------------------------------------------------------------------ attributes of what is open in upper */
+
+/*
+ * Python says of a node that its attributes are those of an open descriptor's file, apart from st_ino and perhaps
+ * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR and the xattrs that the kernel itself asks for (ACL,
+ * capability) are then served here. A node may have several such descriptors.
+ */
+struct owned {
+	struct owned *next;
+	fuse_ino_t node;
+	ino_t ino; /* the st_ino to show */
+	nlink_t nlink; /* the st_nlink to show; 0: the file's */
+	int fd;
+	bool path_only; /* O_PATH: fit for fstat alone */
+	bool writable;
+	double timeout;
+};
+
+enum { OWNED_BUCKETS = 4096 };
+
+static struct owned *owned_by_node[OWNED_BUCKETS];
+
+static struct owned **bucket(fuse_ino_t node)
+{
+	return &owned_by_node[(node ^ node >> 12) % OWNED_BUCKETS];
+}
+
+static struct owned *find_owned(fuse_ino_t node)
+{
+	struct owned *owned = *bucket(node);
+
+	while (owned && owned->node != node)
+		owned = owned->next;
+	return owned;
+}
+
+/* Names that mean the same in the union and on disk. */
+static bool can_get(const struct owned *owned, const char *name)
+{
+	if (!owned || owned->path_only)
+		return false;
+	return !strcmp(name, "security.capability") || !strcmp(name, "system.posix_acl_access");
+}
+
+static bool can_set(const struct owned *owned, int to_set)
+{
+	return owned && !owned->path_only && (owned->writable || !(to_set & FUSE_SET_ATTR_SIZE));
+}
+
+/* A write through a backing file may clear suid and sgid without a request: while one is set, the kernel must ask. */
+static void reply_attributes(fuse_req_t req, const struct owned *owned)
+{
+	struct stat st;
+
+	if (fstat(owned->fd, &st)) {
+		fuse_reply_err(req, errno);
+		return;
+	}
+	st.st_ino = owned->ino;
+	if (owned->nlink)
+		st.st_nlink = owned->nlink;
+	fuse_reply_attr(req, &st, st.st_mode & (S_ISUID | S_ISGID) ? 0 : owned->timeout);
+}
+
+static void wrap_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	const struct owned *owned = find_owned(ino);
+
+	if (!owned) {
+		python_ops.getattr(req, ino, fi);
+		return;
+	}
+	counters[GETATTR]++;
+	reply_attributes(req, owned);
+}
+
+static struct timespec time_to_set(int to_set, int set, int set_now, struct timespec value)
+{
+	if (to_set & set_now)
+		return (struct timespec){.tv_nsec = UTIME_NOW};
+	return to_set & set ? value : (struct timespec){.tv_nsec = UTIME_OMIT};
+}
+
+/* In the order that chown, which clears suid, and then chmod and the times need. Returns an errno. */
+static int set_attributes(fuse_req_t req, const struct owned *owned, const struct stat *attr, int to_set)
+{
+	struct timespec times[2] = {
+		time_to_set(to_set, FUSE_SET_ATTR_ATIME, FUSE_SET_ATTR_ATIME_NOW, attr->st_atim),
+		time_to_set(to_set, FUSE_SET_ATTR_MTIME, FUSE_SET_ATTR_MTIME_NOW, attr->st_mtim),
+	};
+	uid_t uid = to_set & FUSE_SET_ATTR_UID ? attr->st_uid : (uid_t)-1;
+	gid_t gid = to_set & FUSE_SET_ATTR_GID ? attr->st_gid : (gid_t)-1;
+
+	if (to_set & FUSE_SET_ATTR_SIZE) {
+		if (ftruncate(owned->fd, attr->st_size))
+			return errno;
+		if (request.kill_suidgid)
+			remove_suidgid(req, owned->node, owned->fd);
+	}
+	if (to_set & (FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID) && fchown(owned->fd, uid, gid))
+		return errno;
+	if (to_set & FUSE_SET_ATTR_MODE && fchmod(owned->fd, attr->st_mode & 07777))
+		return errno;
+	if ((times[0].tv_nsec != UTIME_OMIT || times[1].tv_nsec != UTIME_OMIT) && futimens(owned->fd, times))
+		return errno;
+	return 0;
+}
+
+static void wrap_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int to_set, struct fuse_file_info *fi)
+{
+	const struct owned *owned = find_owned(ino);
+	int error;
+
+	if (!can_set(owned, to_set)) {
+		python_ops.setattr(req, ino, attr, to_set, fi);
+		return;
+	}
+	counters[SETATTR]++;
+	error = set_attributes(req, owned, attr, to_set);
+	if (error)
+		fuse_reply_err(req, error);
+	else
+		reply_attributes(req, owned);
+}
+
+static void wrap_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
+{
+	const struct owned *owned = find_owned(ino);
+	char value[65536]; /* XATTR_SIZE_MAX */
+	ssize_t n;
+
+	if (!can_get(owned, name)) {
+		python_ops.getxattr(req, ino, name, size);
+		return;
+	}
+	counters[GETXATTR]++;
+	n = fgetxattr(owned->fd, name, value, size < sizeof(value) ? size : sizeof(value));
+	if (n < 0)
+		fuse_reply_err(req, errno);
+	else if (size == 0)
+		fuse_reply_xattr(req, (size_t)n);
+	else
+		fuse_reply_buf(req, value, (size_t)n);
+}
+
+static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long node, ino;
+	struct owned *owned;
+	double timeout;
+	unsigned int nlink;
+	int fd, flags;
+
+	if (!PyArg_ParseTuple(args, "KiKdI", &node, &fd, &ino, &timeout, &nlink))
+		return NULL;
+	flags = fcntl(fd, F_GETFL);
+	if (flags < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	owned = malloc(sizeof(*owned));
+	if (!owned)
+		return PyErr_NoMemory();
+	*owned = (struct owned){
+		.next = *bucket(node),
+		.node = node,
+		.ino = ino,
+		.nlink = nlink,
+		.fd = fd,
+		.path_only = flags & O_PATH,
+		.writable = (flags & O_ACCMODE) != O_RDONLY,
+		.timeout = timeout,
+	};
+	*bucket(node) = owned;
+	Py_RETURN_NONE;
+}
+
+/* Any descriptor of the node if fd is negative. */
+static void disown(fuse_ino_t node, int fd)
+{
+	struct owned **at = bucket(node);
+
+	while (*at) {
+		struct owned *owned = *at;
+
+		if (owned->node == node && (fd < 0 || owned->fd == fd)) {
+			*at = owned->next;
+			free(owned);
+		} else {
+			at = &owned->next;
+		}
+	}
+}
+
+/* Python is about to close the descriptor. */
+static void wrap_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	disown(ino, (int)fi->fh);
+	python_ops.release(req, ino, fi);
+}
+
+static PyObject *py_disown(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long node;
+	int fd;
+
+	if (!PyArg_ParseTuple(args, "Ki", &node, &fd))
+		return NULL;
+	disown(node, fd);
+	Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------ the session */
 
 /*
@@ -475,6 +688,7 @@ static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mod
 static void wrap_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	fi->lock_owner = 0;
+	fi->cache_readdir = fi->keep_cache = cache_directories;
 	python_ops.opendir(req, ino, fi);
 }
 
@@ -503,6 +717,10 @@ static void wrap_init(void *userdata, struct fuse_conn_info *conn)
 static void wrap_ops(struct fuse_lowlevel_ops *ops)
 {
 	ops->init = wrap_init;
+	ops->getattr = wrap_getattr;
+	ops->setattr = wrap_setattr;
+	ops->getxattr = wrap_getxattr;
+	ops->release = wrap_release;
 	ops->open = wrap_open;
 	ops->create = wrap_create;
 	ops->opendir = wrap_opendir;
@@ -672,12 +890,13 @@ static int64_t now_ns(void)
 	return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-/* Requests that our own handlers answer without entering Python. */
+/* Whether our own handlers answer the request without entering Python: what they will decide again, on the same facts. */
 static bool served_here(const struct fuse_buf *buf)
 {
 	const struct fuse_in_header *in = buf->mem;
+	const void *body = in + 1;
 
-	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in))
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) + 16)
 		return false;
 	switch (in->opcode) {
 	case FUSE_READ:
@@ -688,6 +907,12 @@ static bool served_here(const struct fuse_buf *buf)
 	case FUSE_IOCTL:
 	case FUSE_FLUSH:
 		return true;
+	case FUSE_GETATTR:
+		return find_owned(in->nodeid);
+	case FUSE_SETATTR:
+		return can_set(find_owned(in->nodeid), (int)((const struct fuse_setattr_in *)body)->valid);
+	case FUSE_GETXATTR: /* a terminated name follows the struct */
+		return can_get(find_owned(in->nodeid), (const char *)body + sizeof(struct fuse_getxattr_in));
 	default:
 		return false;
 	}
@@ -988,6 +1213,12 @@ static PyObject *py_killpriv_v2(PyObject *self UNUSED, PyObject *args UNUSED)
 	return PyBool_FromLong(killpriv_v2);
 }
 
+static PyObject *py_cache_directories(PyObject *self UNUSED, PyObject *on)
+{
+	cache_directories = PyObject_IsTrue(on) == 1;
+	Py_RETURN_NONE;
+}
+
 static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	ask_passthrough = true;
@@ -1053,6 +1284,9 @@ static PyMethodDef methods[] = {
 	{"active", py_active, METH_NOARGS, "Whether pyfuse3's session was made through this module."},
 	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
 	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
+	{"own", py_own, METH_VARARGS, "(node, fd, st_ino, timeout, nlink): serve the node's attributes from fd."},
+	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
+	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
 	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
 	{"backing_open", py_backing_open, METH_O, "Register a descriptor's file for passthrough; its backing id."},

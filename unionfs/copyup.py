@@ -416,6 +416,8 @@ class CopyUp:
             node.flags &= ~(BROKEN_LINK | ORIGIN)
             upper = self.tree.layers.layer(0)
             node.ino = self.tree.inodes.map_ino(upper.device, rino)
+        if node.parent is not None:
+            node.parent.version += 1
         self.tree.inodes.note_upper(node)
         self.notify_changed.append(node)
 

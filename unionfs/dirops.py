@@ -128,6 +128,7 @@ class DirOps:
         node = self._tree.inodes.add(
             self._tree.inodes.map_ino(device, st.st_ino), stat.S_IFMT(st.st_mode), parent, name
         )
+        parent.version += 1
         node.rino = st.st_ino
         node.flags = UPPER | (OPAQUE if opaque else 0)
         if isinstance(node, Dir):

@@ -91,7 +91,7 @@ class Node:
 class Dir(Node):
     """A directory: the layers that it merges, top first, and what is known below it."""
 
-    __slots__ = ("children", "default_acl", "fds", "stack", "stale", "where")
+    __slots__ = ("children", "default_acl", "fds", "stack", "stale", "version", "where")
 
     def __init__(self, node_id: int, ino: int, parent: Dir | None, name: bytes) -> None:
         super().__init__(node_id, ino, stat.S_IFDIR, parent, name)
@@ -102,6 +102,7 @@ class Dir(Node):
         self.fds: tuple[int, ...] | None = None  # owned by dirfds
         self.stale = False  # renamed: `where` must be found again before the next opening
         self.children: dict[bytes, Node] = {}
+        self.version = 0  # counts changes of what names the directory holds, and where
         self.default_acl: bytes | bool | None = False  # False: not looked at yet
 
     @property
@@ -189,6 +190,7 @@ class InodeTable:
         """Note one more name of a node."""
         if parent.children.get(name) is node:
             return
+        parent.version += 1
         parent.children[name] = node
         if node.parent is None or node.parent.children.get(node.name) is not node:
             node.parent, node.name = parent, name
@@ -198,6 +200,7 @@ class InodeTable:
     @staticmethod
     def drop_name(node: Node, parent: Dir, name: bytes) -> bool:
         """Forget one name; tell whether another one is known. With the last one `parent` stays for messages."""
+        parent.version += 1
         if parent.children.get(name) is node:
             del parent.children[name]
         links = node.links

@@ -189,10 +189,10 @@ def get_xattr(path: bytes, name: str, *, follow: bool | None = None) -> bytes | 
         raise
 
 
-def list_xattrs(path: bytes) -> list[str]:
+def list_xattrs(path: bytes, *, follow: bool | None = None) -> list[str]:
     """List the attributes of *path*, followed like :func:`get_xattr`; empty where the file system has none."""
     try:
-        return os.listxattr(path, follow_symlinks=is_fd_path(path))
+        return os.listxattr(path, follow_symlinks=is_fd_path(path) if follow is None else follow)
     except OSError as exc:
         if exc.errno in XATTR_ABSENT or exc.errno in (errno.EACCES, errno.EPERM):
             return []

@@ -117,6 +117,43 @@ def suidgid_lost(mode: int, in_group: bool) -> int:
     return lost
 
 
+def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0) -> None:
+    """Have the node's attributes served on `fd`: GETATTR, SETATTR, and GETXATTR of the ACL and the capability, which the
+    kernel asks for by itself.
+
+    Only for a file or directory in upper about whose attributes the union has nothing to decide. It lasts until the
+    RELEASE of the handle `fd`, or `disown_attributes`, which must come before any other close of `fd`. Harmless if the
+    layer is not active.
+
+    Args:
+        node: the node id.
+        fd: a descriptor of the file; with O_PATH only GETATTR is served, and sizes are set only if it is writable.
+        ino: the st_ino to show.
+        timeout: the attr_timeout to answer, in seconds.
+        nlink: the st_nlink to show (1 for a merged directory); 0: the file's own.
+
+    Raises:
+        OSError: EBADF.
+    """
+    if _module is not None:
+        _module.own(node, fd, ino, timeout, nlink)
+
+
+def disown_attributes(node: int, fd: int = -1) -> None:
+    """Undo `own_attributes` for one descriptor, or for all of the node: if the open fails, or the union must decide."""
+    if _module is not None:
+        _module.disown(node, fd)
+
+
+def cache_directories(on: bool) -> None:
+    """Let the kernel keep directory listings (FOPEN_CACHE_DIR) until something in the directory changes through it.
+
+    Right as long as every change of a listing comes through this mount, or is followed by an invalidation.
+    """
+    if _module is not None:
+        _module.cache_directories(on)
+
+
 def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:
     """Make receiving non-blocking and return its controls (`may_receive`, `drained`, `new_slice`), for `dispatch`.
 

@@ -28,6 +28,7 @@ from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.dirops import Caller
 from unionfs.inodes import INDEXED, META, Dir, Node
+from unionfs.merge import Entry
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
 
 log = logging.getLogger(__name__)
@@ -381,15 +382,16 @@ class UnionOperations(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, name, self._bare(of.ino, stat.S_IFDIR), position):
                     return
         for position, entry in self._union.read_entries(handle, max(start_id - 2, 0)):
-            if not self._reply_entry(token, node, entry.name, entry.kind, position + 2):
+            if not self._reply_entry(token, handle, entry, position + 2):
                 return
 
-    def _reply_entry(self, token: pyfuse3.ReaddirToken, parent: Dir, name: bytes, kind: int, position: int) -> bool:
+    def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:
+        parent, name = handle.node, entry.name
         try:
-            looked = self._tree.look(parent, name)
+            looked = self._union.look_at(handle, entry)
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, kind << _DT_SHIFT), position)
+            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, entry.kind << _DT_SHIFT), position)
         if looked is None:
             return True  # gone since the listing was made
         node, st = looked

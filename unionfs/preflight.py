@@ -26,6 +26,7 @@ from unionfs.mountinfo import FUSE_TYPE, Mount, Place, mounted_at, place_of, rea
 
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"
+MTAB = "/etc/mtab"
 
 # How long to wait for the daemon of a union that was just unmounted, in seconds.
 LEAVING_SECONDS = 5.0
@@ -75,6 +76,8 @@ def check_environment(config: MountConfig) -> None:
         return
     if shutil.which("fusermount3") is None:
         raise EnvironmentUnfit("no fusermount3, which ordinary users mount with: install the package fuse3")
+    if not os.path.exists(MTAB):
+        raise EnvironmentUnfit(f"no {MTAB}, which fusermount3 reads: ln -s /proc/self/mounts {MTAB}")
     if config.allow_other and not user_allow_other():
         raise EnvironmentUnfit(
             f"allow_other needs the line user_allow_other in {FUSE_CONF}: have it added, or leave the option out"

@@ -124,8 +124,8 @@ class Resolver:
 
     # -- the walk --
 
-    def lookup(self, parent: Dir, name: bytes) -> Found | None:
-        """Find *name* in *parent*; None where it does not exist.
+    def lookup(self, parent: Dir, name: bytes, first: int = 0) -> Found | None:
+        """Find *name* in *parent*; None where it does not exist. Layers above *first* are known not to have it.
 
         Raises EINVAL for a malformed redirect, EPERM for one that may not be followed, EIO for a metacopy
         without data, and whatever a layer fails with.
@@ -135,6 +135,8 @@ class Resolver:
         last_lower = parent.stack[-1]
         from_root = False
         for at, index in enumerate(parent.stack):
+            if index < first:
+                continue
             self._visit(walk, self._layers.layer(index), fds[at], index == last_lower and not self._check_redirect)
             if walk.stop or walk.absolute:
                 from_root = walk.absolute and not walk.stop
@@ -242,7 +244,7 @@ class Resolver:
             walk.stop = walk.whiteout = True
             return
         if stat.S_ISREG(mode):
-            xattrs = list_xattrs(path)
+            xattrs = list_xattrs(path, follow=False)
             if st.st_size == 0 and self._fmt.whiteout in xattrs:
                 walk.stop = walk.whiteout = True
                 return
@@ -319,7 +321,7 @@ class Resolver:
             if found.top_lower is None and found.layer == 0:
                 found.top_lower = st
         walk.is_dir = True
-        xattrs = list_xattrs(path)
+        xattrs = list_xattrs(path, follow=False)
         if layer.index == found.layer:
             found.xattrs = xattrs
         value = self._opaque_value(path) if self._fmt.opaque in xattrs else None
@@ -415,7 +417,7 @@ class Resolver:
         """Find the origin of an upper file, and the index entry of a lower hard link."""
         if found.layer == 0:
             path = sysio.entry_path(self._dirfds.fds(parent)[0], name)
-            xattrs = found.xattrs if stat.S_ISREG(found.st.st_mode) else list_xattrs(path)
+            xattrs = found.xattrs if stat.S_ISREG(found.st.st_mode) else list_xattrs(path, follow=False)
             if self._fmt.origin in xattrs:
                 self._read_origin(path, found)
             if self.index_fd >= 0 and found.origin is not None and found.lower_nlink > 1:

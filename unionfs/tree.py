@@ -93,14 +93,17 @@ class Tree:
         found = self.resolver.lookup(parent, name)
         return None if found is None else self.attach(parent, name, found)
 
-    def look(self, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
-        """Return the node of an entry and the stat result of its real object, None where there is none."""
+    def look(self, parent: Dir, name: bytes, first: int = 0) -> tuple[Node, os.stat_result] | None:
+        """Return the node of an entry and the stat result of its real object, None where there is none.
+
+        *first* is a layer above which the name is known to be absent.
+        """
         node = parent.children.get(name)
         if node is not None:
             if node.links:
                 self._prefer(node, parent, name)
             return node, self.stat(node)
-        found = self.resolver.lookup(parent, name)
+        found = self.resolver.lookup(parent, name, first)
         if found is None:
             return None
         node = self.attach(parent, name, found)
@@ -336,6 +339,7 @@ class Tree:
         """A node's name has changed."""
         if old_dir.children.get(old_name) is node:
             del old_dir.children[old_name]
+        old_dir.version += 1
         self._renamed(node, old_dir, old_name, new_dir, new_name)
         self.forget(old_dir, 0)
 
@@ -346,6 +350,7 @@ class Tree:
 
     @staticmethod
     def _renamed(node: Node, old_dir: Dir, old_name: bytes, new_dir: Dir, new_name: bytes) -> None:
+        new_dir.version += 1
         new_dir.children[new_name] = node
         if node.parent is old_dir and node.name == old_name:
             node.parent, node.name = new_dir, new_name

@@ -52,11 +52,12 @@ class Changes(NamedTuple):
 class DirHandle:
     """An open directory: its listing as it was when reading began."""
 
-    __slots__ = ("entries", "node")
+    __slots__ = ("entries", "node", "version")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
         self.entries: list[Entry] | None = None
+        self.version = -1  # of the directory when it was read
 
 
 class Union:
@@ -149,12 +150,16 @@ class Union:
     def read_entries(self, handle: DirHandle, start: int) -> Iterator[tuple[int, Entry]]:
         """Yield (position of the next entry, entry) from *start*; 0 reads the directory anew."""
         if start == 0 or handle.entries is None:
-            handle.entries = (
-                self.lister.entries(handle.node) if handle.node.parent is not None or handle.node.stack else []
-            )
+            handle.version = handle.node.version
+            handle.entries = self.lister.entries(handle.node)
         entries = handle.entries
         for at in range(start, len(entries)):
             yield at + 1, entries[at]
+
+    def look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
+        """Return the node and stat result of a listed entry, None where it is gone."""
+        node = handle.node
+        return self.tree.look(node, entry.name, entry.layer if handle.version == node.version else 0)
 
     def statfs(self) -> os.statvfs_result:
         """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""

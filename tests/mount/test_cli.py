@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import raw
-from tests.support.cli import Said, in_private_mounts, listed, program, refused, unionfs
+from tests.support.cli import Said, in_private_mounts, listed, program, refused, unionfs, user_namespaces
 from tests.support.mounts import daemons, environment, wait_gone
 from tests.support.people import ALICE, opened_interpreter
 from unionfs.control import process_start, state_directory
@@ -470,6 +470,7 @@ cat upper/new
 LIVED = "1\nfrom lower\nmounted\ndead\nunionfs: cleared the dead mount on MNT\nmine\n"
 
 
+@pytest.mark.skipif(not user_namespaces(), reason="no user namespaces here: a chroot, perhaps")
 def test_life_in_a_user_namespace(place: Place) -> None:
     words = ["unshare", "-Ur", "--mount", "--propagation", "private", "bash", "-c", LIFE]
     env = {"PYTHON": sys.executable, "XDG_RUNTIME_DIR": str(place.base), "OWN": OWN}

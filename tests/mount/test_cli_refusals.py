@@ -290,6 +290,12 @@ def test_ordinary_user_without_fusermount3(place: Place) -> None:
     refused(said, UNFIT, "fusermount3", "install")
 
 
+def test_ordinary_user_without_mtab(place: Place) -> None:
+    script = "mount -t tmpfs tmpfs /etc; cp $0 /etc/passwd"
+    said = as_alice(script.replace("$0", str(place.base / "passwd")), place, "mount", place.lower, place.mnt)
+    refused(said, UNFIT, "/etc/mtab", "ln -s")
+
+
 def test_ordinary_user_and_allow_other(place: Place) -> None:
     script = "mount --bind /dev/null /etc/fuse.conf"
     said = as_alice(script, place, "mount", "-o", "allow_other", place.lower, place.upper, place.mnt)

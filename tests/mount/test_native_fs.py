@@ -1,8 +1,8 @@
 """The native layer under a bare passthrough file system: what it serves, and what still reaches Python.
 
 The file system runs in a process of its own (`python -m tests.mount.test_native_fs SOURCE MOUNTPOINT [word...]`), does
-nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`, `passthrough`,
-`ticks` (a task that counts its turns).
+nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`, `passthrough`, `own`
+(attributes of open files are served natively), `listings` (the kernel keeps them), `ticks` (a task counts its turns).
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
             self.node_of[info.fh] = node
             allowed = not os.fstat(info.fh).st_mode & (stat.S_ISUID | stat.S_ISGID)
             self.modes.opened(node, info.fh, allowed=allowed)
+            if "own" in words:
+                native.own_attributes(node, info.fh, os.fstat(info.fh).st_ino, 1e6)
             return info
 
         async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
@@ -167,6 +169,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
             pass
 
         async def readdir(self, fh: int, start: int, token: Any) -> None:
+            calls["readdir"] += 1
             names = sorted(os.listdir(self.paths[fh]))
             for number, name in enumerate(names[start:], start + 1):
                 if not pyfuse3.readdir_reply(token, name, self._entry(self.paths[fh] + b"/" + name), number):
@@ -219,6 +222,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
             nursery.cancel_scope.cancel()
 
     os.umask(0)
+    native.cache_directories("listings" in words)
     if "dispatch" in words:
         from unionfs import dispatch
 
@@ -248,7 +252,14 @@ class Served:
         for directory in (self.source, self.mnt):
             directory.mkdir(exist_ok=True)
         self.source.chmod(0o777)
-        command = [sys.executable, "-m", "tests.mount.test_native_fs", str(self.source.resolve()), str(self.mnt), *words]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.mount.test_native_fs",
+            str(self.source.resolve()),
+            str(self.mnt),
+            *words,
+        ]
         self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         self.first = self._line()
 
@@ -301,9 +312,9 @@ def fails(*errnos: int) -> Iterator[None]:
     assert caught.value.errno in errnos
 
 
-@pytest.fixture(params=["native", "native dispatch"])
+@pytest.fixture(params=["native", "native dispatch", "native dispatch own"])
 def fs(ground: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
-    """The file system with the native layer, under pyfuse3's own dispatch and under ours."""
+    """The file system with the native layer: under pyfuse3's own dispatch, under ours, and with attributes owned."""
     with served(ground, *request.param.split()) as running:
         assert running.first["active"]
         yield running
@@ -496,6 +507,66 @@ def test_capability_is_asked_for_once_and_removed(fs: Served) -> None:
     before = fs.report()["python"].get("getxattr security.capability", 0)
     with open(fs.mnt / "f", "ab", buffering=0) as file:
         file.writelines([b"some bytes"] * 1000)
-    assert fs.report()["python"]["getxattr security.capability"] - before <= 2
+    assert fs.report()["python"].get("getxattr security.capability", 0) - before <= 2
     with fails(errno.ENODATA):
         os.getxattr(fs.source / "f", "security.capability")
+
+
+def test_attributes_of_open_files_are_served_natively(ground: Path) -> None:
+    with served(ground, "dispatch", "own") as owning:
+        path, below = owning.mnt / "f", owning.source / "f"
+        with open(path, "wb") as file, open(path, "r+b") as other:
+            fd = file.fileno()
+            asked = owning.report()["python"]
+            os.write(fd, b"some data")
+            os.fchmod(fd, 0o640)
+            os.fchown(fd, 7, 8)
+            assert os.fstat(fd).st_size == 9
+            os.ftruncate(fd, 5)
+            os.utime(fd, ns=(1_000_000_001, 2_000_000_002))
+            st = os.fstat(fd)
+            assert (st.st_mode, st.st_uid, st.st_gid, st.st_size) == (stat.S_IFREG | 0o640, 7, 8, 5)
+            assert (st.st_atime_ns, st.st_mtime_ns) == (1_000_000_001, 2_000_000_002)
+            file.close()
+            os.utime(path, (5, 6))
+            assert other.read() == b"some "
+            assert below.stat().st_mtime == path.stat().st_mtime == 6
+            os.utime(path)
+            assert below.stat().st_mtime_ns == path.stat().st_mtime_ns > 6_000_000_000
+            assert below.stat()[:2] == path.stat()[:2]
+            now = owning.report()
+        assert now["python"].get("setattr") == asked.get("setattr")
+        assert now["python"].get("getattr") == asked.get("getattr")
+        assert now["native"]["setattr"] == 6
+        path.chmod(0o600)  # no handle is open any more
+        assert owning.end()["python"]["setattr"] == 1
+
+
+def test_a_node_is_not_owned_beyond_its_handles(ground: Path) -> None:
+    """A descriptor number that was closed and used again must not lend its attributes to the old node."""
+    with served(ground, "dispatch", "own") as owning:
+        for number in range(20):
+            (owning.mnt / f"f{number}").write_bytes(b"x" * number)
+        for number in range(20):
+            (owning.mnt / f"f{number}").chmod(0o600 + number % 8)
+            assert (owning.mnt / f"f{number}").stat().st_size == number
+            assert stat.S_IMODE((owning.source / f"f{number}").stat().st_mode) == 0o600 + number % 8
+        owning.end()
+
+
+def test_kept_listings_follow_changes(ground: Path) -> None:
+    """The second listing costs no request, and one after a change through the mount is right."""
+    with served(ground, "dispatch", "listings") as fs:
+        names = {f"f{number}" for number in range(500)}
+        for name in names:
+            (fs.mnt / name).touch()
+        assert set(os.listdir(fs.mnt)) == names
+        assert set(os.listdir(fs.mnt)) == names
+        before = fs.report()["python"]["readdir"]
+        for _ in range(5):
+            assert set(os.listdir(fs.mnt)) == names
+        assert fs.report()["python"]["readdir"] == before
+        (fs.mnt / "new").touch()
+        assert set(os.listdir(fs.mnt)) == {*names, "new"}
+        os.listdir(fs.mnt)
+        fs.end()

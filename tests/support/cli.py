@@ -51,6 +51,11 @@ def in_private_mounts(script: str, *words: str | Path, env: dict[str, str] | Non
     return program([*shell, *command], env=env)
 
 
+def user_namespaces() -> bool:
+    """Whether user namespaces can be made here: the kernel refuses them in a chroot (current_chrooted)."""
+    return subprocess.run(["unshare", "-U", "true"], capture_output=True, check=False).returncode == 0
+
+
 def refused(said: Said, status: int, *parts: str) -> None:
     """Assert that a command ended with `status` and one clear line that has all `parts`."""
     assert said.status == status, said

@@ -76,6 +76,17 @@ def wait_gone(pid: int, seconds: float = 15) -> bool:
         os.close(descriptor)
 
 
+def where_it_waits(pid: int) -> str:
+    """State and kernel stack of each thread of a process, for the report of one that won't end."""
+    lines: list[str] = []
+    with suppress(OSError):
+        for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            stack = " ".join((task / "stack").read_text().split("\n")[:5])
+            lines.append(f"thread {task.name}: {state} {(task / 'syscall').read_text().strip()} {stack}")
+    return "\n".join(lines)
+
+
 def environment() -> dict[str, str]:
     """The environment for `python -m unionfs`: the caller's, with the repository on the module path."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1", "COLUMNS": "200"}
@@ -196,8 +207,9 @@ class Stack:
                     raise
                 time.sleep(0.1)
         if pid is not None and not wait_gone(pid):
+            state = where_it_waits(pid)
             os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"the daemon of {self.mnt} still ran 15 s after its unmount; killed")
+            raise AssertionError(f"the daemon of {self.mnt} still ran 15 s after its unmount; killed\n{state}")
 
     def remount(self, options: str = "") -> Path:
         """Unmount and mount again: nothing of the daemon's or the kernel's memory remains."""
