@@ -155,7 +155,7 @@ def _bottom(b: Builder) -> None:
     b.xattr(b"acl/f", b"system.posix_acl_access", ACL_U2)
     b.xattr(b"acl", b"system.posix_acl_default", ACL_G2000)
     b.file(b"links/h1", pattern(15, 700), 0o666, 1001, 1001)
-    for name in (b"links/h2", b"links/h3", b"links/h4", b"links/h5"):
+    for name in (b"links/h2", b"links/h3", b"d/h4", b"tmp/h5"):
         b.link(b"links/h1", name)
     b.symlink(b"links/s1", b"h1")
     b.link(b"links/s1", b"links/s2")
@@ -333,9 +333,9 @@ def directories() -> list[bytes]:
 def paths() -> list[bytes]:
     """Every path of the fixture worth doing something to, sorted; the root is ``b"."``."""
     fixed = rb"""
-        . d d/f1 d/f2 d/mid d/sub d/sub/x d/sub/y d/deep d/deep/e d/deep/e/f links/h4 d/f3 m m/a m/b m/c m/sub m/moved
+        . d d/f1 d/f2 d/mid d/sub d/sub/x d/sub/y d/deep d/deep/e d/deep/e/f d/h4 d/f3 m m/a m/b m/c m/sub m/moved
         m/moved/b m/moved/c m/moved/d m/due m/due/q home home/f home/x home/dir home/dir/g home/locked home/locked/r home/s
-        tmp tmp/one tmp/two tmp/open tmp/open/z links/h5 sgid sgid/f sgid/n acl acl/f links links/h1 links/h2 links/h3
+        tmp tmp/one tmp/two tmp/open tmp/open/z tmp/h5 sgid sgid/f sgid/n acl acl/f links links/h1 links/h2 links/h3
         links/s1 links/s2 sp sp/fifo sp/sock sp/null sp/blk sp/todir sp/todir/f1 sp/dangling sp/loop sp/far x x/cap x/attrs
         x/sparse x/big x/renamed x/old x/gone n o o/below o/both t t/f2d t/f2d/again t/f2d/inside t/d2f t/d2l
         w w/whited w/back e e/only k k/l1 k/l2 k/top r r/one r/uno r/uno/p mix""".split()

@@ -80,21 +80,14 @@ def merged(root: bytes, view: View) -> Tree:
     return tree
 
 
-def handles(layers: dict[str, bytes]) -> tuple[Handles, dict[str, set[bytes]]]:
-    """Names for everything in the subtrees ``layers`` (name: path) that both sides share.
-
-    By file handle, a name made of the layer and the first path; by that name, all paths.
-    """
+def handles(layers: dict[str, bytes]) -> Handles:
+    """File handle of everything in the subtrees ``layers`` (name: path) → a name for it that both sides share."""
     found: Handles = {}
-    names: dict[str, set[bytes]] = {}
     for layer, root in layers.items():
-        if not os.path.lexists(root):
-            continue
-        for relative, _ in _walk(root):
-            handle = syscalls.file_handle(os.path.join(root, relative))
-            label = found.setdefault(handle, f"{layer}:{os.fsdecode(relative)}")
-            names.setdefault(label, set()).add(relative)
-    return found, names
+        if os.path.lexists(root):
+            for relative, _ in _walk(root):
+                found.setdefault(syscalls.file_handle(os.path.join(root, relative)), f"{layer}:{os.fsdecode(relative)}")
+    return found
 
 
 def _origin(value: bytes, known: Handles) -> object:
