@@ -7,8 +7,10 @@ slowly: `active` is False then.
 
 What the layer does by itself once `active` is True:
 
-- READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, the reading ioctls (inode flags, project) and FLUSH never reach
-  Python.
+- READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, the reading ioctls (inode flags, project) of files, and FLUSH never
+  reach Python. What may take long of it (reads that the host has not cached, allocating, copying) is done by threads of
+  the layer's own.
+- Lookups and listings of one directory come in parallel (FUSE_PARALLEL_DIROPS).
 - The kernel does not apply the umask (`FUSE_DONT_MASK`): the operations must, unless a default ACL overrides it.
 - Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`.
 - An entry's `generation`, when not 0, is the `st_ino` to show; `st_ino` is then only the node id.
@@ -36,6 +38,7 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -117,9 +120,36 @@ def suidgid_lost(mode: int, in_group: bool) -> int:
     return lost
 
 
+def set_ioctl_handler(handler: Callable[[object, int, int, int, bytes], None] | None) -> None:
+    """Set who answers FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR of anything, and the reading ones of directories.
+
+    The handler is called on the loop's thread with a request to answer, the node id, the handle number, the command,
+    and the data given (4 bytes of flags, or a struct fsxattr; empty for the reading ones). It must not wait, but may
+    start a task. A request that is dropped without an answer fails with EIO. Without a handler these ioctls fail with
+    ENOTTY; all others always do.
+    """
+    if _module is not None:
+        _module.set_ioctl_handler(handler)
+
+
+def answer_ioctl(request: object, error: int, data: bytes = b"") -> None:
+    """Answer a request that an ioctl handler got, once, on the loop's thread.
+
+    Args:
+        request: as the handler got it.
+        error: an errno, or 0.
+        data: what a reading ioctl returns.
+
+    Raises:
+        ValueError: it has been answered already.
+    """
+    if _module is not None:
+        _module.answer_ioctl(request, error, data)
+
+
 def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0) -> None:
-    """Have the node's attributes served on `fd`: GETATTR, SETATTR, and GETXATTR of the ACL and the capability, which the
-    kernel asks for by itself.
+    """Have the node's attributes served on `fd`: GETATTR, SETATTR, and GETXATTR of what the kernel asks for
+    by itself, the ACL and the capability.
 
     Only for a file or directory in upper about whose attributes the union has nothing to decide. It lasts until the
     RELEASE of the handle `fd`, or `disown_attributes`, which must come before any other close of `fd`. Harmless if the

@@ -22,6 +22,7 @@ from .sides import LOWERS, OPTIONS, Side
 Kinds = dict[bytes, int]
 
 VARIANTS = 4
+SPARSE_SIZE = 262144
 LONG_NAME = b"L" * 255
 RAW_NAME = b"raw-\xff\xfe\x80"
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 0x400, 0, 0, 0)
@@ -84,7 +85,7 @@ class Builder:
             for offset in (65536, 196608):
                 file.seek(offset)
                 file.write(pattern(offset >> 12, 4096))
-            file.truncate(262144)
+            file.truncate(SPARSE_SIZE)
 
     def node(self, path: bytes, mode: int, device: tuple[int, int] = (0, 0)) -> None:
         """A fifo, socket or device node; a character device 0:0 is a whiteout."""

@@ -1,8 +1,9 @@
 """The native layer under a bare passthrough file system: what it serves, and what still reaches Python.
 
 The file system runs in a process of its own (`python -m tests.mount.test_native_fs SOURCE MOUNTPOINT [word...]`), does
-nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`, `passthrough`, `own`
-(attributes of open files are served natively), `listings` (the kernel keeps them), `ticks` (a task counts its turns).
+nothing but forward, and reports which handlers ran. Words: `plain` (no native layer), `dispatch`, `passthrough`,
+`own` (attributes of open files are served natively), `listings` (the kernel keeps them), `ioctl` (with a handler for
+them), `ticks` (a task counts its turns).
 """
 
 from __future__ import annotations
@@ -221,6 +222,15 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
                 await pyfuse3.main()
             nursery.cancel_scope.cancel()
 
+    def ioctl_handler(request: object, node: int, fh: int, cmd: int, data: bytes) -> None:
+        calls[f"ioctl {cmd:#x} {data.hex()}"] += 1
+        if cmd == FS_IOC_GETFLAGS:
+            native.answer_ioctl(request, 0, struct.pack("i", 0x80))
+        elif data != bytes(4):
+            native.answer_ioctl(request, errno.EPERM)  # and a request for no flags is dropped
+
+    if "ioctl" in words:
+        native.set_ioctl_handler(ioctl_handler)
     os.umask(0)
     native.cache_directories("listings" in words)
     if "dispatch" in words:
@@ -436,6 +446,20 @@ def test_inode_flags_are_read_and_never_set_below(fs: Served) -> None:
         with fails(errno.ENOTTY):
             fcntl.ioctl(file, 0x5401, bytes(64))
     assert get_flags(fs.source / "f") == before
+
+
+def test_ioctls_that_need_a_decision_go_to_python(ground: Path) -> None:
+    with served(ground, "dispatch", "ioctl") as fs:
+        (fs.source / "f").write_bytes(b"x")
+        with open(fs.mnt / "f", "rb") as file:
+            with fails(errno.EPERM):
+                fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("l", 0x40))
+            with fails(errno.EIO):
+                fcntl.ioctl(file, FS_IOC_SETFLAGS, bytes(8))
+        fd = os.open(fs.mnt, os.O_RDONLY)
+        assert struct.unpack("i", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8))[:4]) == (0x80,)
+        os.close(fd)
+        assert fs.end()["python"][f"ioctl {FS_IOC_SETFLAGS:#x} 40000000"] == 1
 
 
 def test_shown_inode_number_is_apart_from_the_node(fs: Served) -> None:

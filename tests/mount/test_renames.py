@@ -58,19 +58,25 @@ UPPER: Tree = {
 }
 
 
-def furnish(lower: Path, upper: Path) -> None:
-    """One directory with every kind of thing, in two layers."""
-    build(lower, LOWER)
-    build(upper, UPPER)
-    opaque(upper / "opaque-dir")
+def furnish(lower: Path, upper: Path, wanted: set[str]) -> None:
+    """One directory with the wanted kinds of things, in two layers."""
+    wanted = wanted | ({"before-rename"} if "renamed-dir" in wanted else set())
+    build(lower, {name: thing for name, thing in LOWER.items() if name in wanted})
+    build(upper, {name: thing for name, thing in UPPER.items() if name in wanted})
+    if "opaque-dir" in wanted:
+        opaque(upper / "opaque-dir")
 
 
-def prepare(room: Path) -> None:
+def prepare(room: Path, wanted: set[str]) -> None:
     """Through the mount: what can only be made there."""
-    os.chmod(room / "copied-file", 0o640)
-    os.unlink(room / "emptied-dir" / "e")
-    os.rename(room / "before-rename", room / "renamed-dir")
-    os.unlink(room / "removed")
+    if "copied-file" in wanted:
+        os.chmod(room / "copied-file", 0o640)
+    if "emptied-dir" in wanted:
+        os.unlink(room / "emptied-dir" / "e")
+    if "renamed-dir" in wanted:
+        os.rename(room / "before-rename", room / "renamed-dir")
+    if "removed" in wanted:
+        os.unlink(room / "removed")
 
 
 def act(source: Path, target: Path, flags: int) -> str:
@@ -85,19 +91,20 @@ def act(source: Path, target: Path, flags: int) -> str:
 def run_matrix(stack: Stack, across: bool) -> tuple[dict[str, str], dict[str, Snapshot]]:
     """Run every combination, each in a room of its own; outcomes and the tree of every room."""
     pairs = list(itertools.product(SOURCES, TARGETS, FLAGS))
-    for number in range(len(pairs)):
-        furnish(stack.lower / f"{number}", stack.up / f"{number}")
+    for number, (source, target, _) in enumerate(pairs):
         if across:
-            furnish(stack.lower / f"{number}-other", stack.up / f"{number}-other")
+            furnish(stack.lower / f"{number}", stack.up / f"{number}", {source})
+            furnish(stack.lower / f"{number}-other", stack.up / f"{number}-other", {target})
+        else:
+            furnish(stack.lower / f"{number}", stack.up / f"{number}", {source, target})
     root = stack.mount()
     outcomes: dict[str, str] = {}
     trees: dict[str, Snapshot] = {}
     for number, (source, target, flag) in enumerate(pairs):
-        room = other = root / f"{number}"
-        prepare(room)
+        room, other = root / f"{number}", root / (f"{number}-other" if across else f"{number}")
+        prepare(room, {source} if across else {source, target})
         if across:
-            other = root / f"{number}-other"
-            prepare(other)
+            prepare(other, {target})
         label = f"{source} → {target} ({flag})"
         outcomes[label] = act(room / source, other / target, FLAGS[flag])
         trees[label] = snapshot(room, times=False)

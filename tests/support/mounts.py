@@ -64,8 +64,11 @@ def daemons(base: Path) -> dict[int, str]:
     return found
 
 
-def wait_gone(pid: int, seconds: float = 15) -> bool:
-    """Wait until process `pid` has ended; False where it has not after `seconds`."""
+def wait_gone(pid: int, seconds: float = 60) -> bool:
+    """Wait until process `pid` has ended; False where it has not after `seconds`.
+
+    Long, since another process with a mount namespace made meanwhile keeps a mount alive until that ends.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -209,7 +212,7 @@ class Stack:
         if pid is not None and not wait_gone(pid):
             state = where_it_waits(pid)
             os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"the daemon of {self.mnt} still ran 15 s after its unmount; killed\n{state}")
+            raise AssertionError(f"the daemon of {self.mnt} still ran a minute after its unmount; killed\n{state}")
 
     def remount(self, options: str = "") -> Path:
         """Unmount and mount again: nothing of the daemon's or the kernel's memory remains."""

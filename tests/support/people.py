@@ -67,10 +67,10 @@ def opened_interpreter() -> str:
     for closed in _roots_to_open(needed):
         inside = [path for path in needed if path.resolve().is_relative_to(closed)]
         for number, path in enumerate(inside):
-            lines.append(f"exec {20 + number}<'{path}'")
+            lines.append(f"exec {3 + number}<'{path}'")
         lines.append(f"mount -t tmpfs -o mode=755 tmpfs '{closed}'")
         for number, path in enumerate(inside):
-            lines.append(f"mkdir -p '{path}' && mount --no-canonicalize --bind /proc/self/fd/{20 + number} '{path}'")
+            lines.append(f"mkdir -p '{path}' && mount --no-canonicalize --bind /proc/self/fd/{3 + number} '{path}'")
     return "\n".join(lines)
 
 

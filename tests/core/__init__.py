@@ -1,0 +1,1 @@
+"""The facade on temporary directories, without a mount."""

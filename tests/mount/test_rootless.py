@@ -1,0 +1,115 @@
+"""Without privilege: root of a user namespace, and an ordinary user through fusermount3.
+
+Each runs `python -m tests.support.rootless` there, which mounts ours (and, in the namespace, kernel overlayfs with userxattr beside
+it), runs the table of behaviours, and tells each outcome. What overlayfs can do there, ours must do as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import environment
+from tests.support.people import ALICE, REPOSITORY, in_user_namespace, opened_interpreter
+
+DRIVER = [sys.executable, "-m", "tests.support.rootless"]
+
+
+def outcomes(text: str) -> dict[str, dict[str, str]]:
+    """The driver's lines of output together: kind → behaviour → "" or what went wrong."""
+    found: dict[str, dict[str, str]] = {}
+    for line in text.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def worse_than(found: dict[str, dict[str, str]], oracle: str) -> list[str]:
+    """What ours could not do and the oracle could."""
+    return [f"{name}: {said}" for name, said in found["union"].items() if said and not found[oracle].get(name, "")]
+
+
+@pytest.mark.fault_seconds(200)
+def test_root_of_a_user_namespace(ground: Path) -> None:
+    done = in_user_namespace([*DRIVER, "overlay", "union", str(ground)], cwd=REPOSITORY, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = outcomes(done.stdout)
+    assert sum(not said for said in found["overlay"].values()) > 200, "the oracle itself worked"
+    assert worse_than(found, "overlay") == []
+
+
+def as_ordinary_user(script: str, ground: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run a shell script as an ordinary user, in a mount namespace where that user can run this interpreter."""
+    os.chown(ground, ALICE, ALICE)
+    (ground / "script").write_text(script)
+    # /dev/fuse is open to all where udev runs; a bare devtmpfs leaves it to root.
+    prologue = opened_interpreter()
+    user = f"setpriv --reuid={ALICE} --regid={ALICE} --clear-groups --inh-caps=-all --bounding-set=-all"
+    if "fusermount3" in script:  # a setuid program has no use for an emptied bounding set
+        user = f"setpriv --reuid={ALICE} --regid={ALICE} --clear-groups --inh-caps=-all"
+    passwd = f"cp /etc/passwd '{ground}/passwd'; echo alice:x:{ALICE}:{ALICE}::{ground}:/bin/sh >> '{ground}/passwd'"
+    passwd += f"; mount --bind '{ground}/passwd' /etc/passwd"
+    device = f"mknod '{ground}/fuse' c 10 229; chmod 666 '{ground}/fuse'; mount --bind '{ground}/fuse' /dev/fuse"
+    outer = f"set -e\n{passwd}\n{device}\n{prologue}\nexec {user} sh -eu '{ground}/script'\n"
+    return subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", outer],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**environment(), "HOME": str(ground), "TMPDIR": str(ground), "USER": "alice", "UFS_PLACES": "lower touched"},
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.mark.fault_seconds(200)
+def test_ordinary_user_through_fusermount3(ground: Path) -> None:
+    """The table again; what overlayfs can do for the same user in a namespace, ours can do outside of one."""
+    driver = " ".join(DRIVER)
+    namespace = "unshare -Ur --mount --propagation private"
+    done = as_ordinary_user(
+        f"# by fusermount3\n{namespace} {driver} overlay '{ground}'\nexec {driver} union '{ground}'", ground
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = outcomes(done.stdout)
+    assert sum(not said for said in found["overlay"].values()) > 100, "the oracle itself worked"
+    assert worse_than(found, "overlay") == []
+
+
+@pytest.mark.fault_seconds(200)
+def test_ordinary_user_in_a_namespace_of_its_own(ground: Path) -> None:
+    driver = " ".join(DRIVER)
+    script = f"exec unshare -Ur --mount --propagation private {driver} overlay union '{ground}'"
+    done = as_ordinary_user(script, ground)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = outcomes(done.stdout)
+    assert sum(not said for said in found["overlay"].values()) > 100, "the oracle itself worked"
+    assert worse_than(found, "overlay") == []
+
+
+def test_others_have_no_way_into_a_users_mount(ground: Path) -> None:
+    """No allow_other without user_allow_other: not even root may look in."""
+    done = as_ordinary_user(
+        f"""# by fusermount3
+        cd '{ground}'
+        mkdir lower upper mnt
+        echo lower > lower/f
+        {sys.executable} -m unionfs mount --log-file log lower upper mnt
+        cat mnt/f
+        echo more >> mnt/f
+        cat mnt/f upper/f
+        rm mnt/f
+        stat -c '%F %t:%T' upper/f
+        {sys.executable} -m unionfs umount mnt
+        ls upper
+        """.replace("cd '", f"cd '{REPOSITORY}' && cd '"),
+        ground,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:5] == ["lower", "lower", "more", "lower", "more"]
