@@ -748,7 +748,7 @@ static void wrap_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 
 static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
 {
-	fi->lock_owner = request.kill_suidgid;
+	fi->lock_owner = 0; /* a new file has nothing to clear, also when O_TRUNC made the kernel ask for it */
 	python_ops.create(req, parent, name, mode, fi);
 }
 

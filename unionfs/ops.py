@@ -27,7 +27,7 @@ from unionfs import native
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.dirops import Caller
-from unionfs.inodes import INDEXED, META, Dir, Node
+from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
 
@@ -102,10 +102,10 @@ class UnionOperations(pyfuse3.Operations):
 
     # -- helpers --
 
-    def _named(self, node: Node, st: os.stat_result, parent: Dir, name: bytes) -> EntryAttributes:
+    def _named(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """Build the reply for a name that was looked up or listed; the caller counts the lookup."""
         attr = self._entry(node, st)
-        if (st.st_nlink > 1 or node.flags & INDEXED) and self._tree.awaits_link(node, parent, name, st):
+        if (st.st_nlink > 1 or node.flags & INDEXED) and self._tree.awaits_links(node, st):
             attr.entry_timeout = 0
         return attr
 
@@ -200,8 +200,10 @@ class UnionOperations(pyfuse3.Operations):
         if looked is None:
             return self._absent()
         node, st = looked
+        if node.links:
+            self._tree.prefer(node, parent, name)
         node.nlookup += 1
-        return self._named(node, st, parent, name)
+        return self._named(node, st)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups off nodes; those without any go."""
@@ -386,7 +388,7 @@ class UnionOperations(pyfuse3.Operations):
                 return
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:
-        parent, name = handle.node, entry.name
+        name = entry.name
         try:
             looked = self._union.look_at(handle, entry)
         except OSError:
@@ -395,7 +397,7 @@ class UnionOperations(pyfuse3.Operations):
         if looked is None:
             return True  # gone since the listing was made
         node, st = looked
-        if not pyfuse3.readdir_reply(token, name, self._named(node, st, parent, name), position):
+        if not pyfuse3.readdir_reply(token, name, self._named(node, st), position):
             self._tree.forget(node, 0)
             return False
         node.nlookup += 1

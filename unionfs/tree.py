@@ -100,43 +100,31 @@ class Tree:
         """
         node = parent.children.get(name)
         if node is not None:
-            if node.links:
-                self._prefer(node, parent, name)
             return node, self.stat(node)
         found = self.resolver.lookup(parent, name, first)
         if found is None:
             return None
-        node = self.attach(parent, name, found)
-        if node.links:
-            self._prefer(node, parent, name)
-        return node, found.st
+        return self.attach(parent, name, found), found.st
 
     @staticmethod
-    def _prefer(node: Node, parent: Dir, name: bytes) -> None:
+    def prefer(node: Node, parent: Dir, name: bytes) -> None:
         """The name that was looked up last is the one that a following copy-up is for."""
         if node.links and (node.parent is not parent or node.name != name) and node.parent is not None:
             node.links = [link for link in node.links if link != (parent, name)] + [(node.parent, node.name)]
             node.parent, node.name = parent, name
 
-    def awaits_link(self, node: Node, parent: Dir, name: bytes, st: os.stat_result) -> bool:
-        """Tell whether this name of an indexed hard link, or one to be, is not in upper yet.
+    def awaits_links(self, node: Node, st: os.stat_result) -> bool:
+        """Tell whether some name of an indexed hard link, or one to be, is not in upper yet.
 
-        FUSE names inodes in its requests, overlayfs links the *name* used into upper. Such names must not stay in the
-        kernel's cache: then each operation by name is preceded by a lookup of it, and `_prefer` knows.
+        FUSE names inodes in its requests, overlayfs links the *name* used into upper. The names of such a file must
+        not stay in the kernel's cache: then each operation by name is preceded by a lookup of it, and `prefer` knows.
         """
         if node.fmt == stat.S_IFDIR or self.resolver.index_fd < 0:
             return False
         if not node.flags & UPPER:
             return st.st_nlink > 1
-        if not node.flags & INDEXED:
-            return False
-        if parent.stack[0] != 0:
-            return True
-        try:
-            os.stat(name, dir_fd=self.dirfds.upper(parent), follow_symlinks=False)
-        except FileNotFoundError:
-            return True
-        return False
+        # The index entry is a link too: all names are there when it is the only one more.
+        return bool(node.flags & INDEXED) and node.nlink != st.st_nlink - 1
 
     def need(self, parent: Dir, name: bytes) -> Node:
         """Like :meth:`child`; raises ENOENT."""
