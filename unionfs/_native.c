@@ -737,8 +737,8 @@ static PyObject *py_disown(PyObject *self UNUSED, PyObject *args)
 /* ------------------------------------------------------------------ the session */
 
 /*
- * pyfuse3 copies the fuse_file_info of an OPEN or CREATE and hands the copy to fuse_reply_open or fuse_reply_create.
- * Its lock_owner means nothing there: it carries to the reply that O_TRUNC must clear suid and sgid.
+ * pyfuse3 copies the fuse_file_info of a request and hands the copy to fuse_reply_open or fuse_reply_create. Its
+ * lock_owner means nothing there: it carries the node of an OPEN whose O_TRUNC must clear suid and sgid.
  */
 static void wrap_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
@@ -1165,8 +1165,6 @@ HOOK int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry,
 	struct fuse_entry_param out = separate_ino(entry);
 	int32_t backing_id = take_backing_id(fi->fh);
 
-	if (fi->lock_owner && fi->flags & O_TRUNC)
-		remove_suidgid(req, out.ino, (int)fi->fh);
 	if (backing_id) {
 		struct {
 			struct fuse_entry_out entry;

@@ -18,8 +18,9 @@ What the layer does by itself once `active` is True:
 Who clears suid and sgid (the kernel's file_remove_privs, left to the server by FUSE_HANDLE_KILLPRIV_V2):
 
 ===============================  =====================================================================================
-WRITE, OPEN or CREATE + O_TRUNC  this layer, on the descriptor, where the kernel says so; fallocate and
+WRITE, OPEN with O_TRUNC         this layer, on the descriptor, where the kernel says so; fallocate and
                                  copy_file_range: for every user but root
+CREATE with O_TRUNC              nobody if the file is new; `ops.create` if it finds one there: as for SETATTR size
 SETATTR size                     `ops.setattr`: if `kill_suidgid(ctx.uid)`, clear `suidgid_lost(mode, in_group)` and
                                  return the new mode. Ask before the first `await`
 SETATTR uid or gid               nobody: chown(2) on the layer's file clears them, as it does for root

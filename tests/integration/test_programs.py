@@ -76,7 +76,7 @@ def copy_of_system_files(target: Path) -> None:
     chosen = sorted(found)[:: max(1, len(found) // TREE_FILES)]
     listed = "\0".join(chosen).encode(errors="surrogateescape")
     packed = subprocess.run(
-        ["tar", "-cf", "-", "--null", "-T", "-", "-C", "/"], input=listed, capture_output=True, check=True
+        ["tar", "-cf", "-", "--null", "-T", "-"], input=listed, capture_output=True, check=True
     )
     subprocess.run(["tar", "-xpf", "-", "-C", target], input=packed.stdout, check=True)
 

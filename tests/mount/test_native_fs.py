@@ -139,6 +139,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
             path = self.paths[parent] + b"/" + name
             info = self._open(path, flags | os.O_CREAT, mode & ~(ctx.umask if native.active() else 0))
             os.chown(info.fh, ctx.uid, ctx.gid)
+            os.chmod(info.fh, stat.S_IMODE(mode) & ~(ctx.umask if native.active() else 0))  # chown clears suid
             entry = self._entry(path)
             return self._opened(entry.st_ino, info), entry
 
@@ -522,6 +523,18 @@ def test_suid_and_sgid_end_as_on_the_host(
         below = stat.S_IMODE((fs.source / f"source-{user}").stat().st_mode)
         assert stat.S_IMODE((fs.mnt / f"mnt-{user}").stat().st_mode) == below
         assert stat.S_IMODE((fs.source / f"mnt-{user}").stat().st_mode) == below
+
+
+def test_a_new_file_keeps_the_suid_it_is_made_with(fs: Served) -> None:
+    fs.mnt.chmod(0o777)
+
+    def create(directory: Path) -> int:
+        os.close(os.open(directory / "f", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o4755))
+        return stat.S_IMODE((directory / "f").stat().st_mode)
+
+    assert as_user(ALICE, lambda: create(fs.mnt)) == 0o4755
+    (fs.source / "f").unlink()
+    assert as_user(ALICE, lambda: create(fs.source)) == 0o4755
 
 
 def test_capability_is_asked_for_once_and_removed(fs: Served) -> None:
