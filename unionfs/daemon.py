@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 # How long the mount may take to answer its first request, in seconds.
 START_SECONDS = 30.0
 
+# How many tasks wait for requests, so that none need be started when a handler awaits.
+SESSION_TASKS = 10
+
 LOG_BYTES = 1 << 20
 SYSTEM_LOG = "/dev/log"
 
@@ -192,7 +195,7 @@ class _Life:
             await nursery.start(self._handle_signals, operations)
             await nursery.start(operations.run)
             nursery.start_soon(self._announce)
-            await pyfuse3.main()
+            await pyfuse3.main(min_tasks=SESSION_TASKS)
             nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:

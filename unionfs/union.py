@@ -18,7 +18,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from unionfs import index, sysio
+from unionfs import acl, index, sysio
 from unionfs.config import MountConfig
 from unionfs.copyup import CopyUp
 from unionfs.dirfds import DirFds
@@ -278,13 +278,21 @@ class Union:
             raise
         return [shown for name in names if (shown := self.fmt.to_user(name)) is not None]
 
-    def setxattr(self, node: Node, name: str, value: bytes) -> None:
+    def setxattr(self, node: Node, name: str, value: bytes, who: Caller) -> None:
         """Set an extended attribute."""
         self.up.node(node, data=False)
+        if name == acl.ACCESS and who.uid:
+            self._drop_foreign_sgid(node, who)
         disk = self.fmt.to_disk(name)
         if len(os.fsencode(disk)) > 255:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         os.setxattr(self.tree.path(node), disk, value, follow_symlinks=self.tree.follow(node))
+
+    def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
+        """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
+        st = self.tree.stat(node)
+        if st.st_mode & stat.S_ISGID and not _in_group(who, st.st_gid):
+            self._chmod(node, st.st_mode & ~stat.S_ISGID)
 
     def removexattr(self, node: Node, name: str) -> None:
         """Remove an extended attribute; a lower object that hasn't got it isn't copied up (ENODATA)."""
