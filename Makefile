@@ -21,7 +21,7 @@ ARGS ?=
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
 
-.PHONY: help mount umount test lint types fuzz clean packages packages-test
+.PHONY: help mount umount test lint types fuzz clean root packages packages-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -38,7 +38,7 @@ mount: packages $(VENV)/.installed
 umount:
 	@scripts/umount
 
-test: packages-test $(VENV)/.installed-test
+test: root packages-test $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: packages $(VENV)/.installed-test
@@ -48,13 +48,16 @@ lint: packages $(VENV)/.installed-test
 types: packages $(VENV)/.installed-test
 	$(BIN)/mypy
 
-fuzz: packages-test $(VENV)/.installed-test
+fuzz: root packages-test $(VENV)/.installed-test
 	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/differential --timeout 0 $(ARGS)
 
 clean:
 	@scripts/umount --quiet
 	rm -rf .venv .venv-* build demo *.egg-info unionfs/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo 'the tests mount file systems of all kinds: run this as root' >&2; exit 1; }
 
 packages:
 	@scripts/packages mount

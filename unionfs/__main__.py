@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 
 from unionfs.errors import UnionError, one_line
 
 
+def _open_standard_streams() -> None:
+    """Open what the caller has closed of descriptors 0 to 2, lest a pipe or a layer gets one of these numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")  # names need not be UTF-8
+
+
 def main() -> None:
     """Run the command line; exits with a status from `errors.EXIT_CODES`."""
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _open_standard_streams()
     from unionfs.cli import app
 
     try:

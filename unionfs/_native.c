@@ -113,6 +113,7 @@ static struct {
 	uint32_t uid;
 	uint64_t nodeid;
 	bool kill_suidgid;
+	int xattr_flags; /* of SETXATTR; pyfuse3 doesn't hand them on but asks for the attribute first */
 } request;
 
 /* ------------------------------------------------------------------ suid, sgid */
@@ -752,6 +753,12 @@ static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mod
 	python_ops.create(req, parent, name, mode, fi);
 }
 
+static void wrap_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
+{
+	request.xattr_flags = flags;
+	python_ops.setxattr(req, ino, name, value, size, 0);
+}
+
 static void wrap_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	fi->lock_owner = 0;
@@ -791,6 +798,7 @@ static void wrap_ops(struct fuse_lowlevel_ops *ops)
 	ops->open = wrap_open;
 	ops->create = wrap_create;
 	ops->opendir = wrap_opendir;
+	ops->setxattr = wrap_setxattr;
 	ops->read = serve_read;
 	ops->write = serve_write;
 	ops->write_buf = NULL; /* libfuse would prefer it */
@@ -1295,6 +1303,11 @@ static PyObject *py_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
 	return PyBool_FromLong(passthrough);
 }
 
+static PyObject *py_xattr_flags(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyLong_FromLong(request.xattr_flags);
+}
+
 static PyObject *py_kill_suidgid(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	return PyBool_FromLong(request.kill_suidgid);
@@ -1348,6 +1361,7 @@ static PyMethodDef methods[] = {
 	{"in_scope", py_in_scope, METH_NOARGS, "Whether libraries loaded from now on find this module's functions."},
 	{"active", py_active, METH_NOARGS, "Whether pyfuse3's session was made through this module."},
 	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
+	{"xattr_flags", py_xattr_flags, METH_NOARGS, "The flags of the SETXATTR being dispatched."},
 	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
 	{"set_ioctl_handler", py_set_ioctl_handler, METH_O, "Who answers (request, node, fh, cmd, data)."},
 	{"answer_ioctl", py_answer_ioctl, METH_VARARGS, "(request, errno, data)"},

@@ -193,7 +193,7 @@ def list_mounts(
 
     The states: mounted; dead (the daemon was killed: unionfs umount clears it);
     stuck (it does not answer); elsewhere (in another mount namespace, or detached
-    but in use); unknown (made by another program).
+    but in use); unknown (another user's or program's).
     """
     from unionfs import control
 

@@ -425,6 +425,8 @@ def parse_mount(
     lowers, data_lowers, upper, mountpoint = _layers(positionals, opts)
     if len(lowers) + len(data_lowers) > MAX_LOWERS:
         raise UsageError(f"{len(lowers) + len(data_lowers)} lower layers: the limit is {MAX_LOWERS}")
+    if work == "":
+        raise UsageError("--work needs a directory")
     if work and opts.work and absolute(work) != absolute(opts.work):
         raise UsageError("--work and workdir= name different directories: give one of them")
     work = work or opts.work

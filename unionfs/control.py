@@ -34,7 +34,7 @@ class State(Enum):
     DEAD = "dead"  # the daemon is gone, every access gives ENOTCONN
     STUCK = "stuck"  # the daemon runs but doesn't answer
     ELSEWHERE = "elsewhere"  # mounted in another mount namespace, or detached but still in use
-    UNKNOWN = "unknown"  # a fuse.unionfs mount without a record, of another program perhaps
+    UNKNOWN = "unknown"  # a fuse.unionfs mount without a record: another user's or program's
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,14 @@ def counters() -> dict[str, int]:
     return dict(_module.counters()) if _module is not None and active() else {}
 
 
+def xattr_flags() -> int:
+    """The flags of the SETXATTR being handled, 0 where pyfuse3 sees to them itself.
+
+    Valid in a handler up to its first `await`.
+    """
+    return _module.xattr_flags() if _module is not None and active() else 0
+
+
 def kill_suidgid(uid: int) -> bool:
     """Whether the request being handled must clear suid and sgid of the file that it changes.
 

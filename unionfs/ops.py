@@ -443,7 +443,9 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
-        await self._settled(self._union.setxattr, self._union.node(inode), os.fsdecode(name), value, self._caller(ctx))
+        flags = native.xattr_flags()
+        node = self._union.node(inode)
+        await self._settled(self._union.setxattr, node, os.fsdecode(name), value, flags, self._caller(ctx))
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -49,6 +49,9 @@ class Changes(NamedTuple):
     mtime: int | None = None
 
 
+_NOTHING: Final = Changes()
+
+
 class DirHandle:
     """An open directory: its listing as it was when reading began."""
 
@@ -230,7 +233,8 @@ class Union:
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
             self._truncate(node, fd, changes.size, kill_for=kill_for)
-        if changes.uid is not None or changes.gid is not None:
+        if changes.uid is not None or changes.gid is not None or changes == _NOTHING:
+            # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
             os.chown(path, uid, gid, follow_symlinks=follow)
@@ -278,15 +282,15 @@ class Union:
             raise
         return [shown for name in names if (shown := self.fmt.to_user(name)) is not None]
 
-    def setxattr(self, node: Node, name: str, value: bytes, who: Caller) -> None:
-        """Set an extended attribute."""
+    def setxattr(self, node: Node, name: str, value: bytes, flags: int, who: Caller) -> None:
+        """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
         self.up.node(node, data=False)
         if name == acl.ACCESS and who.uid:
             self._drop_foreign_sgid(node, who)
         disk = self.fmt.to_disk(name)
         if len(os.fsencode(disk)) > 255:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        os.setxattr(self.tree.path(node), disk, value, follow_symlinks=self.tree.follow(node))
+        os.setxattr(self.tree.path(node), disk, value, flags, follow_symlinks=self.tree.follow(node))
 
     def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
         """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""

@@ -234,6 +234,13 @@ def test_the_command_holds_no_pipe_open(place: Place) -> None:
     assert place.umount().status == 0
 
 
+def test_a_caller_without_standard_descriptors(place: Place) -> None:
+    script = 'exec "$@" <&- >&- 2>&-'
+    command = [sys.executable, "-m", "unionfs", "mount", place.lower, place.upper, place.mnt]
+    assert program(["bash", "-c", script, "bash", *map(str, command)]) == Said(0, "", "")
+    assert place.umount() == Said(0, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_unmount(place: Place, number: signal.Signals) -> None:
     place.mounted()
@@ -308,7 +315,9 @@ def test_a_failed_start_leaves_nothing(place: Place) -> None:
     assert state is not None
     before = set(os.listdir(state))
     test_a_failed_mount_is_returned_with_libfuses_words(place)
-    assert set(os.listdir(state)) <= before
+    # Other daemons of this machine may come and go meanwhile.
+    left = {name for name in os.listdir(state) if not Path("/proc", name.split(".")[0]).exists()}
+    assert left <= before
     assert mounted_at(str(place.mnt)) is None
     place.mounted()  # the locks are free
     assert place.umount().status == 0
@@ -401,8 +410,10 @@ def test_umount_clears_what_a_dead_daemon_left(place: Place) -> None:
     assert wait_gone(pid)
     raw.umount2(mnt, 0)
     said = place.umount()
-    assert said.status == 0
-    assert "dead daemon" in said.err
+    if said.status:  # any other `unionfs ls` on this machine may have been faster
+        refused(said, 2, "nothing is mounted")
+    else:
+        assert "dead daemon" in said.err
     assert records_of(pid) == []
 
 

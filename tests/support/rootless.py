@@ -11,11 +11,10 @@ import json
 import os
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 from tests.mount.posix import BEHAVIOURS, Behaviour
-from tests.mount.posix.table import plant, touch_all
+from tests.mount.posix.table import close_below, plant, touch_all
 from tests.support.layers import build
 from tests.support.mounts import Kind, Stack
 
@@ -40,14 +39,6 @@ def attempt(line: Behaviour, place: str, directory: Path) -> str:
         close_below(directory)
         return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno}: {where.line})"
     return ""
-
-
-def close_below(directory: Path) -> None:
-    """Close the descriptors that a failed behaviour left open, which would keep the mount busy."""
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{number}").startswith(str(directory)):
-                os.close(int(number))
 
 
 def can_be_planted(line: Behaviour, lower: Path) -> bool:

@@ -234,6 +234,8 @@ def test_layers_refused(positionals: list[str], options: list[str]) -> None:
 
 def test_work_given_twice() -> None:
     assert config("workdir=/w", work="/w").work == "/w"
+    with pytest.raises(UsageError, match="--work"):
+        config(work="")
     with pytest.raises(UsageError, match="workdir"):
         config("workdir=/w", work="/v")
 

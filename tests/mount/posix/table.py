@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,3 +77,11 @@ def plant(directory: Path, behaviours: list[Behaviour]) -> None:
     """Write the seeds of all `behaviours`, each into a directory of its name."""
     for line in behaviours:
         build(directory / line.name, line.seed)
+
+
+def close_below(directory: Path) -> None:
+    """Close the descriptors that a failed behaviour left open, which keep a mount busy."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith(str(directory)):
+                os.close(int(number))
