@@ -273,7 +273,8 @@ class UnionOperations(pyfuse3.Operations):
         node = self._union.node(inode)
         parent = self._union.directory(new_parent_inode)
         await self._settled(self._union.dirs.link, node, parent, new_name)
-        return self._made(node, self._tree.stat(node))
+        node.nlookup += 1
+        return self._named(node, self._tree.stat(node))
 
     @handler
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -22,7 +22,7 @@ from tests.support.mounts import Stack
 from tests.support.snapshot import assert_same, snapshot
 
 Oracle = Callable[..., Path]
-TREE_FILES = 3000
+TREE_FILES = 2000
 TREE_FILE_BYTES = 256 << 10
 
 
@@ -75,9 +75,7 @@ def copy_of_system_files(target: Path) -> None:
             found += [path for path in paths if os.lstat(path).st_size <= TREE_FILE_BYTES]
     chosen = sorted(found)[:: max(1, len(found) // TREE_FILES)]
     listed = "\0".join(chosen).encode(errors="surrogateescape")
-    packed = subprocess.run(
-        ["tar", "-cf", "-", "--null", "-T", "-"], input=listed, capture_output=True, check=True
-    )
+    packed = subprocess.run(["tar", "-cf", "-", "--null", "-T", "-"], input=listed, capture_output=True, check=True)
     subprocess.run(["tar", "-xpf", "-", "-C", target], input=packed.stdout, check=True)
 
 
@@ -289,7 +287,17 @@ def cpython_tests(module: str, directory: Path, report: Path) -> Outcomes:
     (directory / "tmp").mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     subprocess.run(
-        [interpreter_with_tests(), "-m", "test", "-j1", "--tempdir", str(directory), "--junit-xml", str(report), module],
+        [
+            interpreter_with_tests(),
+            "-m",
+            "test",
+            "-j1",
+            "--tempdir",
+            str(directory),
+            "--junit-xml",
+            str(report),
+            module,
+        ],
         cwd=directory,
         env=environment | {"TMPDIR": str(directory / "tmp")},
         stdin=subprocess.DEVNULL,
@@ -307,12 +315,23 @@ def cpython_tests(module: str, directory: Path, report: Path) -> Outcomes:
 @pytest.mark.fault_seconds(240)
 @pytest.mark.parametrize(
     "module",
-    ["test_os", "test_posix", "test_shutil", "test_tarfile", "test_zipfile", "test_mailbox", "test_dbm", "test_sqlite3"],
+    [
+        "test_os",
+        "test_posix",
+        "test_shutil",
+        "test_tarfile",
+        "test_zipfile",
+        "test_mailbox",
+        "test_dbm",
+        "test_sqlite3",
+    ],
 )
 def test_cpython_tests(ours: Stack, plain: Path, check_by_overlay: Oracle, module: str) -> None:
     """The same tests pass, fail and are skipped as on the plain file system."""
     in_union = cpython_tests(module, ours.mount(), plain / "union.xml")
     on_disk = cpython_tests(module, plain, plain / "plain.xml")
     assert len(on_disk) > 10, on_disk
-    assert {name: in_union.get(name) for name in in_union.keys() | on_disk.keys() if in_union.get(name) != on_disk.get(name)} == {}
+    assert {
+        name: in_union.get(name) for name in in_union.keys() | on_disk.keys() if in_union.get(name) != on_disk.get(name)
+    } == {}
     finish(ours, check_by_overlay)
