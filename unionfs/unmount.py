@@ -20,6 +20,9 @@ from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, read_mounts
 # How long an unmounted daemon may take to finish, in seconds.
 END_SECONDS = 120.0
 
+# How long it may take before other mount namespaces are looked at for the reason.
+NAMESPACE_SECONDS = 3.0
+
 # How many holders a message names.
 SHOWN_HOLDERS = 5
 
@@ -136,8 +139,27 @@ def _explain(mount: Mount, error: str) -> BusyError | MountFailed:
 def _await_end(record: Record, in_use: bool) -> str | None:
     if in_use:
         return f"detached; daemon {record.pid} ends when the last user lets go"
-    if record.is_ours_to_judge() and not control.wait_gone(record, END_SECONDS):
+    if not record.is_ours_to_judge() or control.wait_gone(record, NAMESPACE_SECONDS):
+        return None
+    other = _other_namespace(record.dev)
+    if other is not None:
+        return f"unmounted here; {other} has a mount namespace that still holds it, daemon {record.pid} ends with that"
+    if not control.wait_gone(record, END_SECONDS):
         raise MountFailed(f"unmounted, but daemon {record.pid} still runs after {END_SECONDS:.0f} seconds")
+    return None
+
+
+def _other_namespace(dev: str) -> str | None:
+    """Return a process in whose mount namespace a file system is still mounted, None if there is none."""
+    seen = {os.stat("/proc/self/ns/mnt").st_ino}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+            if namespace not in seen:
+                seen.add(namespace)
+                with open(f"/proc/{pid}/mountinfo", "rb") as lines:
+                    if any(line.split(None, 3)[2] == dev.encode() for line in lines):
+                        return f"{_process_name(pid)} (pid {pid})"
     return None
 
 

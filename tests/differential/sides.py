@@ -69,8 +69,8 @@ class Backing:
 class Side:
     """A union mount over one set of layers."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        self.root, self.name = root, name
+    def __init__(self, root: Path, name: str, options: str = "") -> None:
+        self.root, self.name, self.options = root, name, options
         self.merged, self.upper, self.work = root / "merged", root / "top/upper", root / "top/work"
         self.log = root.with_name(f"{name}.log")
         self.serving: str | None = None
@@ -101,7 +101,7 @@ class Side:
         if implementation == "kernel":
             self._mount_kernel(f"noatime,{layers},{OPTIONS}")
         elif implementation == "ours":
-            options = f"noatime,{OPTIONS}"
+            options = ",".join(filter(None, ("noatime", OPTIONS, self.options)))
             extra = ("--work", str(self.work), "--log-file", str(self.log))
             command = (sys.executable, "-m", "unionfs", "mount", "-o", options, *extra)
             _run(*command, lowers, str(self.upper), str(self.merged))
