@@ -217,7 +217,8 @@ class CopyUp:
             if not stat.S_ISLNK(st.st_mode):
                 sysio.chmod_at(work.fd, temp, stat.S_IMODE(st.st_mode))
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
-            self._place(node, st, target, work.fd, temp, follow=False)
+            origin = self._mark_origin(node, st, target, follow=False)
+            self._place(node, st, work.fd, temp, origin)
 
     # -- regular files --
 
@@ -281,11 +282,13 @@ class CopyUp:
         if size is not None and size:
             os.ftruncate(target, size)
         self._copy_metadata(source, st, path, follow_source=self.tree.follow(node), follow=True, fd=target)
+        # Origin first: where an inode has room for one attribute, the one that stays should be in it.
+        origin = self._mark_origin(node, st, path, follow=True)
         if metacopy:
             os.setxattr(target, self.tree.fmt.metacopy, b"")
         os.fchmod(target, stat.S_IMODE(st.st_mode))
         sysio.utimens_fd(target, st.st_atime_ns, st.st_mtime_ns)
-        self._place(node, st, path, target, name, follow=True)
+        self._place(node, st, target, name, origin)
         if metacopy:
             if not node.flags & META:
                 self.tree.data_blocks[node] = st.st_blocks
@@ -329,22 +332,22 @@ class CopyUp:
 
     # -- steps --
 
-    def _place(self, node: Node, st: os.stat_result, path: bytes, fd: int, name: bytes | None, *, follow: bool) -> None:
-        """Give a finished object its origin and its place. *fd* is the object, or the work directory of *name*."""
-        lower_layer, parent = node.layer, node.parent
-        nameless = bool(node.flags & UNLINKED)
-        if nameless or parent is None:
+    def _mark_origin(self, node: Node, st: os.stat_result, path: bytes, *, follow: bool) -> bytes:
+        """Give a copy its origin and return it; a hard link that gets separated from its other names has none."""
+        if node.flags & UNLINKED or (st.st_nlink > 1 and self.tree.resolver.index_fd < 0):
+            return b""
+        dirfd, name = self.tree.place(node)
+        return self._set_origin(node.layer, dirfd, name, path, follow=follow)
+
+    def _place(self, node: Node, st: os.stat_result, fd: int, name: bytes | None, origin: bytes) -> None:
+        """Give a finished object its place. *fd* is the object, or the work directory of *name*."""
+        parent = node.parent
+        if node.flags & UNLINKED or parent is None:
             self._keep_nameless(node, fd, name)
             return
-        dirs = self.tree.dirfds
         self.directory(parent)
-        to_fd = dirs.upper(parent)
-        lower_fd, lower_name = self.tree.place(node)
-        to_index = st.st_nlink > 1 and self.tree.resolver.index_fd >= 0
-        origin = b""
-        if st.st_nlink == 1 or to_index:
-            origin = self._set_origin(lower_layer, lower_fd, lower_name, path, follow=follow)
-        if to_index and origin:
+        to_fd = self.tree.dirfds.upper(parent)
+        if origin and st.st_nlink > 1:
             self._to_index(node, st, fd, name, origin)
             self._link_up(node, parent, node.name)
             return

@@ -261,7 +261,8 @@ class Union:
         if mine:
             fd = self.tree.open_real(node, os.O_WRONLY)
         try:
-            os.ftruncate(fd, size)
+            # By path: ftruncate(2) would set the times even where the size stays; the kernel asks for that itself.
+            os.truncate(sysio.fd_path(fd), size)
             if kill_for is not None:
                 clear_suidgid(fd, kill_for)
         finally:

@@ -47,6 +47,7 @@ class View:
     device: int
     started: int
     labels: Labels | None = field(default_factory=Labels)
+    count_blocks: bool = True  # some file systems allocate ahead
 
     def time(self, nanoseconds: int) -> object:
         """A time as it was set, or "now" for one that a clock gave since the sequence began."""
@@ -68,7 +69,7 @@ class View:
             fields["inode"] = self.labels.of(status.st_ino)
         if not stat.S_ISDIR(status.st_mode):
             fields["size"] = status.st_size
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG(status.st_mode) and self.count_blocks:
             fields["blocks"] = status.st_blocks
         if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
             fields["rdev"] = (os.major(status.st_rdev), os.minor(status.st_rdev))
@@ -89,11 +90,16 @@ class Scan:
     seen: list[syscalls.DirEntry] = field(default_factory=list)
 
 
+def view_of(kind: str, device: int, started: int) -> View:
+    """A view that looks at what is deterministic on file system ``kind``: only tmpfs never uses an inode number again."""
+    return View(device, started, Labels() if kind == "tmpfs" else None, kind in ("tmpfs", "ext4"))
+
+
 class Driver:
     """One side's subtree with its open files. Operations are the methods ``do_KIND``, called with the operation's arguments."""
 
-    def __init__(self, root: bytes, started: int, use_labels: bool) -> None:
-        self.root, self.started, self.use_labels = root, started, use_labels
+    def __init__(self, root: bytes, started: int, kind: str) -> None:
+        self.root, self.started, self.kind = root, started, kind
         self.files: dict[int, int] = {}
         self.scans: dict[int, Scan] = {}
         self.connect(fresh_labels=True)
@@ -103,7 +109,7 @@ class Driver:
         self.root_fd = os.open(self.root, os.O_PATH | os.O_DIRECTORY)
         device = os.fstat(self.root_fd).st_dev
         if fresh_labels:
-            self.view = View(device, self.started, Labels() if self.use_labels else None)
+            self.view = view_of(self.kind, device, self.started)
         self.view.device = device
 
     def disconnect(self) -> None:

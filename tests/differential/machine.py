@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import deviations, layers, snapshot
-from .driver import Driver, Fields, Outcome, View
+from .driver import Driver, Fields, Outcome, View, view_of
 from .model import Model
 from .operations import MACHINE_KINDS, Op, Sequence, paths
 from .sides import LOWERS, Backing, MountTrouble, Side
@@ -132,10 +132,15 @@ class Machine:
             trees = []
             for side in self.sides:
                 root = side.path_of("merged", name)
-                trees.append(snapshot.merged(root, View(os.lstat(root).st_dev, started, None)))
+                trees.append(snapshot.merged(root, self._unlabelled(os.lstat(root).st_dev, started)))
             if lines := differences(trees[0], trees[1], swapped=True):
                 crossed = Sequence(sequence.variant, sequence.watch, (*sequence.ops, Op("swap", "root", ())))
                 self.late.append(Difference(crossed, "mounted crosswise:\n" + "\n".join(lines)))
+
+    def _unlabelled(self, device: int, started: int) -> View:
+        view = view_of(self.kind, device, started)
+        view.labels = None
+        return view
 
     # One sequence
 
@@ -147,7 +152,7 @@ class Machine:
         if not self.free[sequence.variant]:
             self.renew()
         name = self.free[sequence.variant].pop()
-        started, done, use_labels = time.time_ns(), list[Op](), self.kind == "tmpfs"
+        started, done = time.time_ns(), list[Op]()
         self.swapped = self.failed_rename = False
         model = Model(self.listings[sequence.variant], sequence.focus)
         self.runs += 1
@@ -156,7 +161,7 @@ class Machine:
             return Sequence(sequence.variant, sequence.watch, tuple(done))
 
         try:
-            self.drivers = [Driver(side.path_of("merged", name), started, use_labels) for side in self.sides]
+            self.drivers = [Driver(side.path_of("merged", name), started, self.kind) for side in self.sides]
             for op in sequence.ops:
                 args = model.grant(op.args)
                 if args is None:
@@ -277,7 +282,7 @@ class Machine:
         for side, driver in zip(self.sides, self.drivers, strict=True):
             roots = {layer: side.path_of(layer, name) for layer in ("upper", *LOWERS)}
             known = snapshot.handles(roots)
-            view = View(side.upper.stat().st_dev, driver.started, None)
+            view = self._unlabelled(side.upper.stat().st_dev, driver.started)
             entries, indexed = snapshot.index(os.fsencode(side.work), view, known)
             indexes.append(entries)
             stored.append(snapshot.on_disk(roots["upper"], view, known, indexed))

@@ -13,7 +13,16 @@ import pytest
 from tests.integration.conftest import PlacesMaker
 from tests.support.filesystems import FsKind
 
-ALL = ["test_os", "test_posix", "test_shutil", "test_tarfile", "test_zipfile", "test_mailbox", "test_dbm", "test_sqlite3"]
+ALL = [
+    "test_os",
+    "test_posix",
+    "test_shutil",
+    "test_tarfile",
+    "test_zipfile",
+    "test_mailbox",
+    "test_dbm",
+    "test_sqlite3",
+]
 SOME = ["test_shutil", "test_mailbox", "test_dbm", "test_posix"]
 UNSTEADY = {
     # Depend on the load of the machine or on the clock, not on where their files are.

@@ -30,7 +30,8 @@ GIT_ENVIRONMENT = {
     "GIT_AUTHOR_DATE": "2024-01-01T00:00:00Z",
     "GIT_COMMITTER_DATE": "2024-01-01T00:00:00Z",
 }
-LIMIT = 3000
+LARGE = 2500
+SMALL = 400
 
 
 def run(command: str, cwd: Path, *, env: dict[str, str] | None = None) -> str:
@@ -48,14 +49,17 @@ def run(command: str, cwd: Path, *, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def source_tree(target: Path) -> None:
-    """Copy up to LIMIT files of the system's own, links and all, into `target`/tree."""
+def source_tree(target: Path, limit: int = LARGE) -> None:
+    """Copy up to `limit` files of the system's own, links and all, into `target`/tree."""
     candidates = ["/usr/lib/python3", "/usr/share/perl", "/usr/lib/python3.11", "/usr/share"]
     source = next(path for path in candidates if Path(path).is_dir())
     (target / "tree").mkdir()
     # A bounded part: whole tar streams cut off at a file would not unpack without an error.
-    listing = f"find . -mindepth 1 \\( -type f -o -type l \\) -size -200k | sort | head -n {LIMIT}"
-    run(f"({listing}) > {target}/list; tar -c -T {target}/list | tar -x -C {target}/tree; rm {target}/list", Path(source))
+    listing = f"find . -mindepth 1 \\( -type f -o -type l \\) -size -200k | sort | sed -n '1,{limit}p'"
+    run(
+        f"({listing}) > {target}/list; tar -c -T {target}/list | tar -x -C {target}/tree; rm {target}/list",
+        Path(source),
+    )
 
 
 def digest_of_tar(directory: Path) -> str:
@@ -83,7 +87,7 @@ def test_tar_and_diff_of_a_large_tree(places: PlacesMaker, upper_on: FsKind) -> 
         run(
             """
             cd tree
-            find . -type f -name '*.py' | sort | head -300 | xargs -d '\\n' chmod 600
+            find . -type f -name '*.py' | sort | sed -n '1,300p' | xargs -d '\\n' chmod 600
             find . -type f | sort | sed -n '1~7p' | xargs -d '\\n' rm -f
             find . -type f | sort | sed -n '1~11p' | while IFS= read -r name; do echo more >> "$name"; done
             find . -mindepth 1 -maxdepth 1 -type d | sort | sed -n '2~3p' | while IFS= read -r name; do mv "$name" "$name.moved"; done
@@ -117,7 +121,7 @@ def git_work(where: Path) -> str:
         git add side.txt
         git commit -qm third
         git merge -qm merged main
-        git gc -q --aggressive --prune=now
+        git gc -q --prune=now
         git fsck --strict
         git status --porcelain
         cd ..
@@ -138,7 +142,7 @@ def git_work(where: Path) -> str:
 @pytest.mark.parametrize("upper_on", FS_KINDS)
 @pytest.mark.fault_seconds(240)
 def test_git_from_init_to_gc(places: PlacesMaker, upper_on: FsKind) -> None:
-    place = places(upper_on, source_tree)
+    place = places(upper_on, lambda target: source_tree(target, SMALL))
     results = {name: git_work(where) for name, where in place.both()}
     assert results["union"] == results["bare"]
 
@@ -147,17 +151,15 @@ def test_git_in_a_repository_of_the_lower(places: PlacesMaker) -> None:
     """Work on top of a repository that lies below: packs, index and refs are copied up as needed."""
 
     def fill(target: Path) -> None:
-        source_tree(target)
-        run(
-            "git init -q -b main . && git add -A && git commit -qm below && git gc -q", target, env=GIT_ENVIRONMENT
-        )
+        source_tree(target, SMALL)
+        run("git init -q -b main . && git add -A && git commit -qm below && git gc -q", target, env=GIT_ENVIRONMENT)
 
     place = places("ext4", fill)
     results = {
         name: run(
             """
             git status --porcelain
-            find tree -name '*.py' | sort | head -100 | while IFS= read -r name; do echo '# more' >> "$name"; done
+            find tree -name '*.py' | sort | sed -n '1,100p' | while IFS= read -r name; do echo '# more' >> "$name"; done
             git commit -qam changed
             git mv tree elsewhere
             git commit -qm moved
@@ -273,9 +275,7 @@ def test_sqlite_with_wal_and_several_writers(places: PlacesMaker, upper_on: FsKi
     place = places(upper_on, fill_database)
     database = place.union / "base.db"
     clients = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(database), str(number), "150"], stdout=subprocess.DEVNULL
-        )
+        subprocess.Popen([sys.executable, "-c", WRITER, str(database), str(number), "150"], stdout=subprocess.DEVNULL)
         for number in range(3)
     ]
     for client in clients:

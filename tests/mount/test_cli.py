@@ -439,6 +439,25 @@ def test_umount_leaves_a_mount_without_a_record_alone(place: Place) -> None:
     assert place.umount().status == 0
 
 
+def test_umount_while_another_mount_namespace_has_a_copy(place: Place) -> None:
+    mnt = place.mounted()
+    pid = place.daemon()
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as sleeper:
+        try:
+            assert sleeper.stdout is not None
+            sleeper.stdout.readline()
+            said = place.umount()
+            assert said.status == 0
+            assert f"daemon {pid}" in said.err
+            assert "mount namespace" in said.err
+            assert mounted_at(str(mnt)) is None
+            assert listed(mnt)[0]["state"] == "elsewhere"
+        finally:
+            sleeper.kill()
+    assert wait_gone(pid)
+
+
 def test_umount_of_several(place: Place, ground: Path) -> None:
     place.mounted()
     second = ground / "mnt2"
