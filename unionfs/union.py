@@ -262,7 +262,10 @@ class Union:
             fd = self.tree.open_real(node, os.O_WRONLY)
         try:
             # By path: ftruncate(2) would set the times even where the size stays; the kernel asks for that itself.
-            os.truncate(sysio.fd_path(fd), size)
+            try:
+                os.truncate(sysio.fd_path(fd), size)
+            except PermissionError:
+                os.ftruncate(fd, size)  # not root, and the file was opened before it was write-protected
             if kill_for is not None:
                 clear_suidgid(fd, kill_for)
         finally:
