@@ -121,9 +121,7 @@ def session_file_systems(session_ground: Path) -> Iterator[FileSystemMaker]:
 
 
 @pytest.fixture
-def on_file_system(
-    session_file_systems: FileSystemMaker, request: pytest.FixtureRequest
-) -> Iterator[FileSystemMaker]:
+def on_file_system(session_file_systems: FileSystemMaker, request: pytest.FixtureRequest) -> Iterator[FileSystemMaker]:
     """A fresh directory of this test's on the session's file system of the kind asked for."""
 
     def make(kind: FsKind) -> Path:
@@ -140,9 +138,7 @@ def make_stack(ground: Path, _stacks: list[Stack]) -> Iterator[StackMaker]:
     """Make stacks of layers, `make(kind, lowers=, options=, base=)`; all are unmounted at the end."""
     made: list[Stack] = []
 
-    def make(
-        kind: Kind, *, lowers: int = 1, options: str = "", base: Path | None = None, name: str = "s"
-    ) -> Stack:
+    def make(kind: Kind, *, lowers: int = 1, options: str = "", base: Path | None = None, name: str = "s") -> Stack:
         stack = Stack.make(kind, (base or ground) / name, lowers=lowers, options=options)
         made.append(stack)
         _stacks.append(stack)

@@ -255,7 +255,7 @@ def _mix(b: Builder, below: Builder | None, rng: random.Random) -> None:
         owner = rng.choice((0, 0, 1001, 1002))
         if kind == "file":
             b.file(path, pattern(rng.randrange(200), rng.randrange(200)), rng.choice((0o644, 0o666)), owner)
-        elif kind == "dir" or kind == "opaque" and below is None:
+        elif kind == "dir" or (kind == "opaque" and below is None):
             b.dir(path, rng.choice((0o755, 0o777, 0o1777)), owner)
         elif kind == "opaque":
             b.dir(path, 0o755, owner, opaque=b"y")

@@ -29,7 +29,9 @@ class Difference(AssertionError):
 
     def __init__(self, sequence: Sequence, what: str) -> None:
         self.sequence, self.what = sequence, what
-        super().__init__(f"{what}\n\nafter these operations (python -m tests.differential.replay FILE):\n\n{sequence.text()}\n")
+        super().__init__(
+            f"{what}\n\nafter these operations (python -m tests.differential.replay FILE):\n\n{sequence.text()}\n"
+        )
 
 
 class _Found(Exception):
@@ -269,7 +271,8 @@ class Machine:
     def _compare_trees(self, name: str) -> None:
         with self._watchdog():
             trees = [
-                snapshot.merged(side.path_of("merged", name), driver.view) for side, driver in zip(self.sides, self.drivers, strict=True)
+                snapshot.merged(side.path_of("merged", name), driver.view)
+                for side, driver in zip(self.sides, self.drivers, strict=True)
             ]
         self._report("the merged trees differ", *trees)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from . import layers
 from .layers import Kinds
 
+
 class Ref(NamedTuple):
     """A wish: ``want`` is file, dir, any, new, raw, slot or scan; ``number`` chooses, ``suffix`` is a new name or appended."""
 

@@ -206,8 +206,33 @@ _KINDS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
 
 #: Kinds whose arguments of type bytes are paths.
 PATH_KINDS = frozenset(
-    """open publish tmpfile mkdir mknod link unlink rmdir rmtree rename exchange readlink readdir stat chmod chown utimens
-    access truncate statfs readfile writefile mmap_read mmap_write scan_open""".split()
+    [
+        "open",
+        "publish",
+        "tmpfile",
+        "mkdir",
+        "mknod",
+        "link",
+        "unlink",
+        "rmdir",
+        "rmtree",
+        "rename",
+        "exchange",
+        "readlink",
+        "readdir",
+        "stat",
+        "chmod",
+        "chown",
+        "utimens",
+        "access",
+        "truncate",
+        "statfs",
+        "readfile",
+        "writefile",
+        "mmap_read",
+        "mmap_write",
+        "scan_open",
+    ]
 )
 
 
@@ -227,7 +252,9 @@ def _op(kind: str) -> st.SearchStrategy[Op]:
 
 
 @st.composite
-def sequences(draw: st.DrawFn, remounts: bool = True, without: frozenset[str] = frozenset(), length: int = 50) -> Sequence:
+def sequences(
+    draw: st.DrawFn, remounts: bool = True, without: frozenset[str] = frozenset(), length: int = 50
+) -> Sequence:
     """Sequences of up to ``length`` operations, around a few directories so that they meet each other.
 
     Arguments: ``remounts`` allows remounts and swaps in the middle; ``without`` names kinds to leave out.

@@ -25,6 +25,12 @@ CHUNK = 10
 FILE_SYSTEM = os.environ.get("UNIONFS_FUZZ_FS", "tmpfs")
 
 
+#: A sequence takes less than a second; the rest is making and unmounting the file systems.
+SECONDS = 300 + 2 * SEQUENCES
+
+
+@pytest.mark.fault_seconds(SECONDS)
+@pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize("split", [False, True], ids=["one file system", "lowers on others"])
 def test_equals_overlayfs(tmp_path: Path, split: bool) -> None:
     """Sequences drawn by hypothesis; a failing one is shrunk and printed in the form that ``replay`` reads."""

@@ -26,8 +26,7 @@ TREE: Tree = {f"d{number}": {f"f{inner}": b"%d" % inner for inner in range(40)} 
 def big_file(path: Path, size: int) -> None:
     """A file without holes, that takes its time to copy."""
     with open(path, "wb") as stream:
-        for _ in range(size >> 20):
-            stream.write(PIECE)
+        stream.writelines(PIECE for _ in range(size >> 20))
 
 
 async def test_requests_are_answered_during_a_big_copy_up(

@@ -287,9 +287,7 @@ def test_work_is_empty_after_all(stack: Stack) -> None:
     assert os.listdir(stack.work / "work") == []
 
 
-def test_copy_up_when_the_disk_is_full(
-    make_stack: StackMaker, kind: str, ground: Path, session_ground: Path
-) -> None:
+def test_copy_up_when_the_disk_is_full(make_stack: StackMaker, kind: str, ground: Path, session_ground: Path) -> None:
     """ENOSPC, the lower's content still there, no partial file in upper, and room again once there is some."""
     from tests.support.filesystems import file_system
 

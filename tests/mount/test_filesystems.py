@@ -20,6 +20,7 @@ from tests.support.snapshot import assert_same, snapshot
 StackMaker = Callable[..., Stack]
 FileSystemMaker = Callable[[FsKind], Path]
 
+
 def attempt(line: Behaviour, directory: Path) -> str:
     """One behaviour's outcome: "" or what went wrong."""
     try:
@@ -85,9 +86,7 @@ def test_work_across(
 
 
 @pytest.mark.parametrize("upper_on", FS_KINDS)
-def test_random_writes_after_copy_up(
-    make_stack: StackMaker, on_file_system: FileSystemMaker, upper_on: FsKind
-) -> None:
+def test_random_writes_after_copy_up(make_stack: StackMaker, on_file_system: FileSystemMaker, upper_on: FsKind) -> None:
     """Bytes of big files against a copy in memory: random writes, appends and truncates through two descriptors."""
     base = on_file_system(upper_on)
     stack = make_stack("union", base=base)

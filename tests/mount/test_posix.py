@@ -25,12 +25,10 @@ HOUSES = [
 
 
 @pytest.fixture(scope="module", params=HOUSES)
-def house(
-    request: pytest.FixtureRequest, session_ground: Path, _stacks: list[Stack]
-) -> Iterator[tuple[str, Stack]]:
+def house(request: pytest.FixtureRequest, session_ground: Path, _stacks: list[Stack]) -> Iterator[tuple[str, Stack]]:
     """One mount for the whole table: its label, and the stack."""
     name: str = request.param
-    kind: Kind = name.split("-")[0]  # type: ignore[assignment]
+    kind: Kind = name.split("-", maxsplit=1)[0]  # type: ignore[assignment]
     stack = Stack.make(kind, session_ground / f"posix-{name}")
     if not name.endswith("upper"):
         plant(stack.lower, list(BEHAVIOURS.values()))

@@ -142,7 +142,9 @@ def upper_marks(stack: Stack, rooms: list[str]) -> Snapshot:
     """
     hide = tuple(f"trusted.overlay.{name}" for name in ("origin", "impure", "uuid"))
     whole = snapshot(stack.up, times=False, links=False, hide=hide)
-    return {path: entry for path, entry in whole.items() if path.split(b"/")[1:2] and path.split(b"/")[1].decode() in rooms}
+    return {
+        path: entry for path, entry in whole.items() if path.split(b"/")[1:2] and path.split(b"/")[1].decode() in rooms
+    }
 
 
 def test_redirects_on_disk(stack: Stack) -> None:

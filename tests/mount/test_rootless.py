@@ -61,7 +61,13 @@ def as_ordinary_user(script: str, ground: Path, timeout: float = 200) -> subproc
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env={**environment(), "HOME": str(ground), "TMPDIR": str(ground), "USER": "alice", "UFS_PLACES": "lower touched"},
+        env={
+            **environment(),
+            "HOME": str(ground),
+            "TMPDIR": str(ground),
+            "USER": "alice",
+            "UFS_PLACES": "lower touched",
+        },
         timeout=timeout,
         check=False,
     )

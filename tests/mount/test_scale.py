@@ -115,7 +115,9 @@ def test_cost_of_a_pair_does_not_grow_with_the_directory(ours: Stack) -> None:
                 os.rename(path, root / where / f"newer-{number}")
                 os.unlink(root / where / f"newer-{number}")
                 os.unlink(root / where / f"name-{number % 10:06}") if number < 10 else None
-        costs[where] = sum(count for name, count in calls.items() if name not in {"epoll_wait", "ppoll", "read", "futex"})
+        costs[where] = sum(
+            count for name, count in calls.items() if name not in {"epoll_wait", "ppoll", "read", "futex"}
+        )
     assert abs(costs["large"] - costs["small"]) < costs["small"] * 0.25, costs
 
 

@@ -89,9 +89,7 @@ def _entry(
     entry = Entry(status.st_mode, status.st_uid, status.st_gid, xattrs=attributes)
     if stat.S_ISDIR(status.st_mode):
         return entry
-    entry = replace(
-        entry, size=status.st_size, nlink=status.st_nlink, mtime=status.st_mtime_ns if times else 0
-    )
+    entry = replace(entry, size=status.st_size, nlink=status.st_nlink, mtime=status.st_mtime_ns if times else 0)
     if stat.S_ISREG(status.st_mode):
         return replace(entry, digest=_digest(directory, name))
     if stat.S_ISLNK(status.st_mode):

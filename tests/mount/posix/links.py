@@ -150,8 +150,10 @@ def fifos_connect(d: Path) -> None:
     assert stat.S_IMODE(os.lstat(d / "q").st_mode) == 0o640
 
 
-@behaviour({"n": Node(stat.S_IFCHR | 0o666, os.makedev(1, 3)), "b": Node(stat.S_IFBLK | 0o600, os.makedev(7, 99))},
-           privileged=True)
+@behaviour(
+    {"n": Node(stat.S_IFCHR | 0o666, os.makedev(1, 3)), "b": Node(stat.S_IFBLK | 0o600, os.makedev(7, 99))},
+    privileged=True,
+)
 def devices_keep_their_numbers(d: Path) -> None:
     os.chmod(d / "n", 0o640)
     status = os.lstat(d / "n")

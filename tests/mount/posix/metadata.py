@@ -15,7 +15,11 @@ from tests.support.people import STAFF
 
 TEXT = b"text" * 1000
 OPEN_ACL = acl(
-    (layers.ACL_USER_OBJ, 6), (layers.ACL_USER, 4, 12345), (layers.ACL_GROUP_OBJ, 4), (layers.ACL_MASK, 6), (layers.ACL_OTHER, 0)
+    (layers.ACL_USER_OBJ, 6),
+    (layers.ACL_USER, 4, 12345),
+    (layers.ACL_GROUP_OBJ, 4),
+    (layers.ACL_MASK, 6),
+    (layers.ACL_OTHER, 0),
 )
 
 
@@ -193,7 +197,11 @@ def an_acl_that_says_no_more_than_the_mode(d: Path) -> None:
 @behaviour({"d": {}})
 def default_acls_are_inherited_and_mask_the_umask(d: Path) -> None:
     default = acl(
-        (layers.ACL_USER_OBJ, 7), (layers.ACL_USER, 7, 12345), (layers.ACL_GROUP_OBJ, 5), (layers.ACL_MASK, 7), (layers.ACL_OTHER, 0)
+        (layers.ACL_USER_OBJ, 7),
+        (layers.ACL_USER, 7, 12345),
+        (layers.ACL_GROUP_OBJ, 5),
+        (layers.ACL_MASK, 7),
+        (layers.ACL_OTHER, 0),
     )
     os.setxattr(d / "d", layers.ACL_DEFAULT, default)
     old = os.umask(0o077)
@@ -209,7 +217,11 @@ def default_acls_are_inherited_and_mask_the_umask(d: Path) -> None:
     assert stat.S_IMODE((d / "d" / "p").stat().st_mode) == 0o660
     assert os.getxattr(d / "d" / "sub", layers.ACL_DEFAULT) == default
     expected = acl(
-        (layers.ACL_USER_OBJ, 6), (layers.ACL_USER, 7, 12345), (layers.ACL_GROUP_OBJ, 5), (layers.ACL_MASK, 6), (layers.ACL_OTHER, 0)
+        (layers.ACL_USER_OBJ, 6),
+        (layers.ACL_USER, 7, 12345),
+        (layers.ACL_GROUP_OBJ, 5),
+        (layers.ACL_MASK, 6),
+        (layers.ACL_OTHER, 0),
     )
     assert os.getxattr(d / "d" / "f", layers.ACL_ACCESS) == expected
     assert os.getxattr(d / "d" / "p", layers.ACL_ACCESS) == expected
