@@ -288,13 +288,20 @@ class Union:
 
     def setxattr(self, node: Node, name: str, value: bytes, flags: int, who: Caller) -> None:
         """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
-        self.up.node(node, data=False)
+        self._need_upper(node)
         if name == acl.ACCESS and who.uid:
             self._drop_foreign_sgid(node, who)
         disk = self.fmt.to_disk(name)
         if len(os.fsencode(disk)) > 255:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         os.setxattr(self.tree.path(node), disk, value, flags, follow_symlinks=self.tree.follow(node))
+
+    def _need_upper(self, node: Node) -> None:
+        """Copy a node up; one that is up is left at that, also if it lacks this name (``ovl_xattr_set``)."""
+        if node.is_upper:
+            self.up.idle(node)
+        else:
+            self.up.node(node, data=False)
 
     def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
         """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
@@ -307,7 +314,7 @@ class Union:
         disk = self.fmt.to_disk(name)
         if not node.is_upper:
             os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
-        self.up.node(node, data=False)
+        self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
 
     def is_metacopy(self, node: Node) -> bool:

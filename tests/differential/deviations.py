@@ -5,18 +5,16 @@ Some are in how fields are compared (``tolerable``), the driver leaves out what 
 
 from __future__ import annotations
 
-from .driver import Fields, Outcome
-from .operations import Op
-from .snapshot import Tree
+from .operations import Fields, Op, Outcome, Tree
 
 KNOWN = {
     "holes": "overlayfs fills the holes after the first data of a file; here all are kept",
     "impure stays": "overlayfs takes the mark from a directory when a listing finds nothing from below any more",
     "link count of an open lower file without a name": "overlayfs tells that of the lower file; it should be 0",
+    "names of a hard link, through a descriptor": "a request names the inode; the name last looked up goes into upper",
     "changes to an open lower file without a name": "overlayfs fails them with EEXIST; here they work",
-    "marks of a failed rename": "overlayfs marks what it will move before it tries to; here nothing stays",
+    "marks of what failed": "overlayfs marks directories and what it will move before it tries to; here nothing stays",
     "O_TMPFILE": "the FUSE library has no such request (kind tmpfile is left out)",
-    "a refused setxattr": "with XATTR_CREATE or XATTR_REPLACE it copies nothing up here",
     "time of a metacopy file opened for writing": "overlayfs sets it to now when the data is copied up; here it stays",
     "security.capability after a write through a shared mapping": "pages are written back by the daemon, and the host "
     "drops the capability then; overlayfs keeps it",
@@ -24,10 +22,16 @@ KNOWN = {
 }
 
 _IMPURE = "trusted.overlay.impure"
-_RENAME_MARKS = {_IMPURE, "trusted.overlay.redirect", "trusted.overlay.opaque"}
+_MARKS = {_IMPURE, "trusted.overlay.redirect", "trusted.overlay.opaque"}
+#: Kinds that FUSE cannot serve here.
 LEFT_OUT = frozenset({"tmpfile"})
+
+#: Kinds that open an existing file for writing.
 OPENING = {"open", "reopen", "writefile", "truncate", "mmap_write"}
-_NAMELESS = {"fchmod", "fchown", "futimens", "fsetxattr", "ftruncate", "reopen"}
+
+#: Kinds that change something through a descriptor: before them the driver looks up the name that it was opened by.
+BY_DESCRIPTOR = {"publish", "fchmod", "fchown", "futimens", "fsetxattr", "ftruncate", "reopen"}
+_NAMELESS = BY_DESCRIPTOR - {"publish"}
 
 
 def must_touch(op: Op, expected: object, got: object) -> bool:
@@ -40,10 +44,10 @@ def excused(op: Op, expected: Outcome, got: Outcome) -> bool:
     return op.kind in _NAMELESS and expected == ("error", "EEXIST") and got[0] == "ok"
 
 
-def without_rename_marks(tree: Tree) -> Tree:
-    """``tree`` of an upper layer without what a failed rename may leave."""
+def without_marks(tree: Tree) -> Tree:
+    """``tree`` of an upper layer without what an operation that failed may have left."""
     return {
-        path: {**fields, "xattrs": {name: value for name, value in xattrs.items() if name not in _RENAME_MARKS}}
+        path: {**fields, "xattrs": {name: value for name, value in xattrs.items() if name not in _MARKS}}
         if isinstance(xattrs := fields.get("xattrs"), dict)
         else fields
         for path, fields in tree.items()

@@ -7,6 +7,7 @@ Open files and directory scans live in numbered slots and survive other operatio
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -17,13 +18,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import layers, syscalls
+from . import deviations, layers, syscalls
 from .layers import pattern
-from .operations import Op
+from .operations import Fields, Op, Outcome
 from .syscalls import identity
-
-Outcome = tuple[str, object]
-Fields = dict[str, object]
 
 _DAY = 86400 * 10**9
 _SLACK = 10**9 // 50
@@ -128,12 +126,21 @@ class Driver:
         method: Callable[..., object] = getattr(self, "do_" + op.kind)
         try:
             os.fchdir(self.root_fd)
+            if op.kind in deviations.BY_DESCRIPTOR:
+                self._look_up(op.args[0])
             with identity(op.user):
                 return "ok", method(*op.args)
         except OSError as error:
             return "error", errno.errorcode.get(error.errno or 0, str(error))
         except KeyError as error:
             return "error", f"slot {error} is empty"
+
+    def _look_up(self, slot: int) -> None:
+        """Look up the name under which a file with several was opened: see deviations."""
+        fd = self.files.get(slot, -1)
+        if fd >= 0 and os.fstat(fd).st_nlink > 1:
+            with contextlib.suppress(OSError):
+                os.stat(os.readlink(b"/proc/self/fd/%d" % fd))
 
     def close_slots(self, slots: tuple[object, ...]) -> None:
         """Close what is open in those of ``slots`` that are slots."""
@@ -362,9 +369,6 @@ class Driver:
         return status.f_bsize, status.f_frsize, status.f_blocks, status.f_namemax
 
     def do_setxattr(self, path: bytes, name: bytes, value: bytes, flags: int, follow: bool) -> object:
-        there = os.fsdecode(name) in os.listxattr(path, follow_symlinks=follow) if flags else False
-        if flags == (os.XATTR_CREATE if there else os.XATTR_REPLACE):
-            return "left out, see deviations"
         os.setxattr(path, name, value, flags, follow_symlinks=follow)
         return None
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import deviations, layers, snapshot
-from .driver import Driver, Fields, Outcome, View, view_of
+from .driver import Driver, View, view_of
 from .model import Model
-from .operations import MACHINE_KINDS, Op, Sequence, paths
+from .operations import MACHINE_KINDS, Fields, Op, Outcome, Sequence, Tree, paths
 from .sides import LOWERS, Backing, MountTrouble, Side
-from .snapshot import Tree
 
 _PATIENCE = 60.0
 
@@ -62,7 +61,7 @@ class Machine:
         self.finished: list[tuple[Sequence, str, int]] = []
         self.late: list[Difference] = []
         self.drivers: list[Driver] = []
-        self.swapped = self.failed_rename = False
+        self.swapped = self.marks_left = False
         self.runs = 0
 
     # Life of the mounts
@@ -155,7 +154,7 @@ class Machine:
             self.renew()
         name = self.free[sequence.variant].pop()
         started, done = time.time_ns(), list[Op]()
-        self.swapped = self.failed_rename = False
+        self.swapped = self.marks_left = False
         model = Model(self.listings[sequence.variant], sequence.focus)
         self.runs += 1
 
@@ -220,8 +219,9 @@ class Machine:
         if deviations.excused(op, expected, got):
             for driver in self.drivers:
                 driver.close_slots(op.args)
+            self.marks_left = True
             return False
-        self.failed_rename |= op.kind in ("rename", "exchange") and expected[0] == "error"
+        self.marks_left |= op.kind in ("rename", "exchange") and expected[0] == "error"
         if difference := _outcomes(op, expected, got, self.swapped):
             raise _Found(difference)
         if op.kind in deviations.OPENING and expected[0] == "ok":
@@ -290,9 +290,9 @@ class Machine:
             indexes.append(entries)
             stored.append(snapshot.on_disk(roots["upper"], view, known, indexed))
             left.append(snapshot.leftovers(os.fsencode(side.work)))
-        if self.failed_rename:
-            stored = [deviations.without_rename_marks(tree) for tree in stored]
-            indexes = [deviations.without_rename_marks(tree) for tree in indexes]
+        if self.marks_left:
+            stored = [deviations.without_marks(tree) for tree in stored]
+            indexes = [deviations.without_marks(tree) for tree in indexes]
         self._report("the upper layers differ", *stored)
         self._report("the indexes differ", *indexes)
         if left[0] != left[1]:

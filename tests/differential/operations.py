@@ -13,11 +13,17 @@ from hypothesis import strategies as st
 from . import layers, syscalls
 from .model import Ref
 
+#: What came of an operation: ("ok", value) or ("error", errno name).
+Outcome = tuple[str, object]
+
+#: What is to know about an inode, by name.
+Fields = dict[str, object]
+
+#: Fields by path.
+Tree = dict[bytes, Fields]
+
 #: Done by the machine, not by a driver. ``swap`` remounts each side's layers with the other side's implementation.
 MACHINE_KINDS = ("check", "remount", "swap", "drop_caches")
-
-#: Operations that only exist where the kernel and the FUSE library in use know them; the machine can leave them out.
-OPTIONAL_KINDS = ("tmpfile", "fallocate", "copy_range", "holes")
 
 
 class Op(NamedTuple):

@@ -7,13 +7,13 @@ import stat
 from collections.abc import Iterator
 
 from . import syscalls
-from .driver import Fields, View, digest
+from .driver import View, digest
+from .operations import Fields, Tree
 
-Tree = dict[bytes, Fields]
 Handles = dict[tuple[int, bytes], str]
 
 _OVERLAY = "trusted.overlay."
-_BASE = 1 << 20
+_WHOLE = 1 << 20
 
 
 def _walk(root: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -34,7 +34,7 @@ def _content(path: bytes, status: os.stat_result) -> object:
         return os.readlink(path)
     if stat.S_ISREG(status.st_mode):
         with open(path, "rb") as file:
-            return digest(file.read(_BASE))
+            return digest(file.read(_WHOLE))
     return None
 
 
