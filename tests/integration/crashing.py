@@ -138,7 +138,7 @@ class Workload:
             self.create()
             return
         old = self.random.choice(names).partition("/")[0]
-        new = f"dir{self.number}"
+        new = f"tree{self.number}"
         inside = {name: data for name, data in self.data.items() if name.startswith(f"{old}/")}
         changes: dict[str, bytes | None] = dict.fromkeys(inside)
         changes |= {f"{new}/{name.partition('/')[2]}": data for name, data in inside.items()}
