@@ -188,16 +188,16 @@ def index(work: bytes, view: View, known: Handles) -> tuple[Tree, dict[int, str]
     return tree, inodes
 
 
-def leftovers(work: bytes) -> list[bytes]:
+def leftovers(work: bytes) -> set[bytes]:
     """Temporary objects in the work directory, but for the whiteout that overlayfs keeps there to link from.
 
     With an index, overlayfs builds in the index directory; names of temporary objects begin with ``#``.
     """
-    found = []
+    found = set[bytes]()
     for place in (b"work", b"index"):
         root = os.path.join(work, place)
         for name in os.listdir(root) if os.path.isdir(root) else ():
             status = os.lstat(os.path.join(root, name))
             if (place == b"work" or name.startswith(b"#")) and not is_whiteout(status):
-                found.append(os.path.join(place, name))
+                found.add(os.path.join(place, name))
     return found

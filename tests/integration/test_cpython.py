@@ -77,7 +77,7 @@ def compare(places: PlacesMaker, upper_on: FsKind, tests: list[str], ground: Pat
     place = places(upper_on)
     python = interpreter()
     results = {name: run_tests(python, tests, where, ground) for name, where in place.both()}
-    assert len(results["bare"]) > 50, "the tests did run"
+    assert results["bare"], "no test has run"
     differing = [
         f"{test}: bare {results['bare'].get(test)}, union {results['union'].get(test)}"
         for test in sorted(results["bare"].keys() | results["union"].keys())
