@@ -37,7 +37,6 @@ class Layer:
         "root_stat",
         "uuid",
         "wh_files",
-        "xwhiteouts",
     )
 
     def __init__(self, index: int, path: str, fd: int) -> None:
@@ -50,7 +49,6 @@ class Layer:
         self.read_fd = _open_readable(fd)
         self.uuid = sysio.file_system_uuid(fd)
         self.wh_files = index != UPPER_INDEX  # `.wh.NAME` files hide NAME in the layers below
-        self.xwhiteouts = False  # a directory with opaque=x was seen: xattr whiteouts count in listings
         self.read_noatime = 0  # added to the flags of files opened for reading
 
     def close(self) -> None:

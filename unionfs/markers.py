@@ -47,11 +47,6 @@ def is_whiteout_device(st: os.stat_result) -> bool:
     return st.st_rdev == 0 and stat.S_ISCHR(st.st_mode)
 
 
-def is_wh_name(name: bytes) -> bool:
-    """Tell whether a name has the form that image layers use for whiteouts."""
-    return name.startswith(WH_PREFIX)
-
-
 class Handle(NamedTuple):
     """A decoded origin: file-handle type and bytes, and the UUID of its file system."""
 

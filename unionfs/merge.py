@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from unionfs.markers import WH_OPAQUE, WH_PREFIX
+from unionfs.markers import WH_PREFIX
 
 DT_UNKNOWN: Final = 0
-DT_FIFO: Final = 1
 DT_CHR: Final = 2
 DT_DIR: Final = 4
-DT_BLK: Final = 6
 DT_REG: Final = 8
-DT_LNK: Final = 10
-DT_SOCK: Final = 12
 
 
 class Entry(NamedTuple):
@@ -51,8 +47,3 @@ def merge(listings: Iterable[tuple[int, list[tuple[bytes, int, int]], frozenset[
                 shown.append(Entry(name, layer, ino, kind))
         seen.update(hidden_below)
     return shown
-
-
-def is_wh_mark(name: bytes) -> bool:
-    """Tell whether a name is an image layer's whiteout or opaque mark."""
-    return name.startswith(WH_PREFIX) or name == WH_OPAQUE

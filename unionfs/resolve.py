@@ -117,7 +117,6 @@ class Resolver:
         self._follow = config.redirect_dir in ("on", "follow")
         self._check_redirect = self._follow or bool(layers.data)
         self._metacopy = config.metacopy
-        self._xattr_whiteouts_above = config.whiteout != "wh"
         self.uuid_in_handles = config.uuid != "off"
         self._decodable: list[Layer] = [layer for layer in layers.lowers if can_decode_handles(layer)]
         dirfds.refresh = self.refresh
@@ -325,9 +324,7 @@ class Resolver:
         if layer.index == found.layer:
             found.xattrs = xattrs
         value = self._opaque_value(path) if self._fmt.opaque in xattrs else None
-        if value == b"x" and layer.index != 0:
-            layer.xwhiteouts = True
-        elif value == b"y":
+        if value == b"y":
             walk.stop = True
             if layer.index == found.layer:
                 found.opaque = True

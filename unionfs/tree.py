@@ -66,11 +66,6 @@ class Tree:
         self.data_blocks: dict[Node, int] = {}  # of metacopies: the lower data does not change
         self.root = self._make_root()
 
-    @property
-    def writable(self) -> bool:
-        """Tell whether upper may be changed."""
-        return self.work is not None
-
     def _make_root(self) -> Dir:
         layers = self.layers
         top = layers.upper or layers.lowers[0]

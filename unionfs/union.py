@@ -24,7 +24,7 @@ from unionfs.copyup import CopyUp
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
-from unionfs.inodes import META, Dir, InodeTable, Node
+from unionfs.inodes import Dir, InodeTable, Node
 from unionfs.layers import LayerStack
 from unionfs.listing import Lister
 from unionfs.markers import Format
@@ -316,10 +316,6 @@ class Union:
             os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
-
-    def is_metacopy(self, node: Node) -> bool:
-        """Tell whether a node's data is still in a lower layer while its metadata is in upper."""
-        return bool(node.flags & META)
 
 
 def clear_suidgid(fd: int, who: Caller | None) -> None:

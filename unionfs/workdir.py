@@ -126,13 +126,6 @@ class WorkDir:
         name = self.temp_name()
         return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd), name
 
-    def publish_file(self, fd: int, name: bytes | None, to_fd: int, to: bytes) -> None:
-        """Give a file from :meth:`open_temp` its place; EEXIST where something is there."""
-        if name is None:
-            sysio.linkat_fd(fd, to_fd, to)
-        else:
-            sysio.rename(self.fd, name, to_fd, to, sysio.RENAME_NOREPLACE)
-
     @contextlib.contextmanager
     def temp_entry(self) -> Iterator[bytes]:
         """A name in ``work/`` for building an object; what is still there at the end is removed."""

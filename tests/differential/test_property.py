@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from .machine import Machine
 from .operations import Sequence, sequences
 
-SEQUENCES = int(os.environ.get("UNIONFS_FUZZ_SEQUENCES", "120"))
+SEQUENCES = int(os.environ.get("UNIONFS_FUZZ_SEQUENCES", "60"))
 SEED = int(os.environ.get("UNIONFS_FUZZ_SEED", "1"))
 
 #: After its first ten examples hypothesis fills most of its budget with slight mutations of what it had. Many short runs
