@@ -82,7 +82,8 @@ _DISCARDS = pytest.StashKey[list[Path]]()
 
 def _discarded(request: pytest.FixtureRequest) -> list[Path]:
     """Directories to remove once the gate has read their logs."""
-    return request.node.stash.get(_DISCARDS, [])
+    stash: pytest.Stash = request.node.stash
+    return stash.get(_DISCARDS, [])
 
 
 @pytest.fixture

@@ -293,19 +293,17 @@ async def test_clients_fight_over_the_same_names(ours: Stack) -> None:
         for _ in range(150):
             one = root / "d" / f"f{chance.randrange(10)}"
             two = root / "d" / f"f{chance.randrange(10)}"
-            act: Callable[[], object] = chance.choice(
-                [
-                    lambda one=one: one.write_bytes(b"w"),
-                    lambda one=one: os.unlink(one),
-                    lambda one=one, two=two: os.rename(one, two),
-                    lambda one=one, two=two: os.link(one, two),
-                    lambda one=one: os.chmod(one, 0o600),
-                    lambda one=one: one.read_bytes(),
-                    lambda: os.listdir(root / "d"),
-                ]
-            )
+            acts: list[Callable[[Path, Path], object]] = [
+                lambda one, two: one.write_bytes(b"w"),
+                lambda one, two: os.unlink(one),
+                lambda one, two: os.rename(one, two),
+                lambda one, two: os.link(one, two),
+                lambda one, two: os.chmod(one, 0o600),
+                lambda one, two: one.read_bytes(),
+                lambda one, two: os.listdir(root / "d"),
+            ]
             try:
-                act()
+                chance.choice(acts)(one, two)
             except (FileNotFoundError, FileExistsError):
                 pass
 

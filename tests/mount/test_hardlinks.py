@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.layers import FIFO, HardLink, Symlink, build, is_whiteout, mark
+from tests.support.layers import FIFO, HardLink, Symlink, Tree, build, is_whiteout, mark
 from tests.support.mounts import Stack
 from tests.support.snapshot import assert_same, snapshot
 
 Oracle = Callable[[Stack], Path]
-LINKED = {"a": b"data" * 1000, "b": HardLink("a"), "d": {"c": HardLink("a")}}
+LINKED: Tree = {"a": b"data" * 1000, "b": HardLink("a"), "d": {"c": HardLink("a")}}
 
 
 def numbers(root: Path, *names: str) -> set[tuple[int, int]]:

@@ -84,8 +84,8 @@ def test_data_follows_on_the_first_write(stack: Stack, how: str) -> None:
                 stream.write(b"new")
             expected[1000:1003] = b"new"
         case "append":
-            with open(root / "f", "ab") as stream:
-                stream.write(b"new")
+            with open(root / "f", "ab") as appender:
+                appender.write(b"new")
             expected += b"new"
         case "truncate":
             os.truncate(root / "f", 12345)
