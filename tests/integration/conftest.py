@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.filesystems import FsKind
 from tests.support.mounts import Stack
+from tests.support.snapshot import assert_same, snapshot
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ PlacesMaker = Callable[..., Places]
 
 @pytest.fixture
 def places(
-    make_stack: Callable[..., Stack], on_file_system: Callable[[FsKind], Path], ground: Path
+    make_stack: Callable[..., Stack],
+    on_file_system: Callable[[FsKind], Path],
+    check_by_overlay: Callable[[Stack], Path],
 ) -> Iterator[PlacesMaker]:
-    """Make places with upper on the file system asked for, and `fill` called on the lower and on the bare directory."""
+    """Make places with upper on the file system asked for, and `fill` called on the lower and on the bare directory.
+
+    After the test, kernel overlayfs over the layers must show the tree that the union showed.
+    """
 
     def make(upper_on: FsKind, fill: Callable[[Path], object] = lambda _: None) -> Places:
         room = on_file_system(upper_on)
@@ -44,6 +50,12 @@ def places(
             directory.mkdir()
         fill(stack.lower)
         fill(room / "bare")
+        made.append(stack)
         return Places(stack.mount(), room / "bare", stack)
 
+    made: list[Stack] = []
     yield make
+    for stack in made:
+        view = snapshot(stack.mnt)
+        stack.umount()
+        assert_same(view, snapshot(check_by_overlay(stack)))
