@@ -257,20 +257,19 @@ class Union:
             sysio.chmod_at(dirfd, name, bits)
 
     def _truncate(self, node: Node, fd: int, size: int, *, kill_for: Caller | None) -> None:
-        mine = fd < 0 or fd not in self.open_files
-        if mine:
-            fd = self.tree.open_real(node, os.O_WRONLY)
+        """Set the size as the caller did: ftruncate(2) sets the times even where the size stays, truncate(2) does not."""
+        if fd in self.open_files:
+            os.ftruncate(fd, size)
+            if kill_for is not None:
+                clear_suidgid(fd, kill_for)
+            return
+        fd = self.tree.open_real(node, os.O_WRONLY)
         try:
-            # By path: ftruncate(2) would set the times even where the size stays; the kernel asks for that itself.
-            try:
-                os.truncate(sysio.fd_path(fd), size)
-            except PermissionError:
-                os.ftruncate(fd, size)  # not root, and the file was opened before it was write-protected
+            os.truncate(sysio.fd_path(fd), size)
             if kill_for is not None:
                 clear_suidgid(fd, kill_for)
         finally:
-            if mine:
-                os.close(fd)
+            os.close(fd)
 
     def getxattr(self, node: Node, name: str) -> bytes:
         """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""

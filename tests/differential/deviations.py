@@ -1,19 +1,21 @@
 """Known differences between this union and kernel overlayfs, each with its reason. Nothing else is let pass.
 
-Some are in how fields are compared (``tolerable``), the driver leaves out what makes the others.
+Some are in how fields are compared (``tolerable``), the machine and the driver leave out what makes the others.
 """
 
 from __future__ import annotations
 
-from .operations import Fields, Op, Outcome, Tree
+import os
+
+from .operations import Fields, Op, Tree
 
 KNOWN = {
     "holes": "overlayfs fills the holes after the first data of a file; here all are kept",
     "impure stays": "overlayfs takes the mark from a directory when a listing finds nothing from below any more",
     "link count of an open lower file without a name": "overlayfs tells that of the lower file; it should be 0",
     "names of a hard link, through a descriptor": "a request names the inode; the name last looked up goes into upper",
-    "changes to an open lower object without a name": "overlayfs fails with EEXIST or EIO; here they work on a file, and "
-    "fail with ENOENT on a directory",
+    "changes to an open lower object without a name": "overlayfs fails them, leaves things in work, or brings the name back; "
+    "here they work on a file",
     "marks of what failed": "overlayfs marks directories and what it will move before it tries to; here nothing stays",
     "O_TMPFILE": "the FUSE library has no such request (kind tmpfile is left out)",
     "time of a metacopy file opened for writing": "overlayfs sets it to now when the data is copied up; here it stays",
@@ -27,23 +29,22 @@ _MARKS = {_IMPURE, "trusted.overlay.redirect", "trusted.overlay.opaque"}
 #: Kinds that FUSE cannot serve here.
 LEFT_OUT = frozenset({"tmpfile"})
 
-#: Kinds that open an existing file for writing.
-OPENING = {"open", "reopen", "writefile", "truncate", "mmap_write"}
-
-#: Kinds that change something through a descriptor: before them the driver looks up the name that it was opened by.
+#: Kinds that change something through a descriptor: before them the name that it was opened by is looked up.
 BY_DESCRIPTOR = {"publish", "fchmod", "fchown", "futimens", "fsetxattr", "ftruncate", "reopen"}
-_REFUSED = (("error", "EEXIST"), ("error", "EIO"))
-_NAMELESS = BY_DESCRIPTOR - {"publish"}
 
 
-def must_touch(op: Op, expected: object, got: object) -> bool:
-    """Whether the subject's modification time must be set to now to go on: a metacopy file's data was copied up."""
-    return op.kind in OPENING and expected == "now" != got
-
-
-def excused(op: Op, expected: Outcome, got: Outcome) -> bool:
-    """Whether outcomes may differ: a file without a name was changed."""
-    return op.kind in _NAMELESS and expected in _REFUSED and got != expected
+def opens_only(op: Op, value: object) -> bool:
+    """Whether a successful ``op`` with result ``value`` may have opened a file for writing and written nothing."""
+    match op.kind, op.args:
+        case "open" | "reopen", (_, _, int(flags), *_):
+            return not flags & os.O_TRUNC
+        case "writefile", (_, int(flags), *_):
+            return not flags & os.O_TRUNC and value == 0
+        case "truncate", _:
+            return True
+        case "mmap_write", _:
+            return value == 0 or isinstance(value, str)
+    return False
 
 
 def without_marks(tree: Tree) -> Tree:

@@ -214,25 +214,25 @@ class Machine:
         if op.kind in MACHINE_KINDS:
             getattr(self, "_" + op.kind)(name)
             return True
+        if op.kind in deviations.BY_DESCRIPTOR:
+            named = [driver.look_up(op.args[0]) for driver in self.drivers]
+            if not all(named):
+                return False
         with self._watchdog():
             expected, got = (driver.run(op) for driver in self.drivers)
         if trace:
             print(f"{tuple(op)!r}\n    {expected}\n    {got}")
-        if deviations.excused(op, expected, got):
-            for driver in self.drivers:
-                driver.close_slots(op.args)
-            self.marks_left = True
-            return False
         self.marks_left |= op.kind in ("rename", "exchange") and expected[0] == "error"
         if difference := _outcomes(op, expected, got, self.swapped):
             raise _Found(difference)
-        if op.kind in deviations.OPENING and expected[0] == "ok":
+        if expected[0] == "ok" and deviations.opens_only(op, expected[1]):
             self._allow_for_metacopy(op)
         return expected[0] == "ok"
 
     def _allow_for_metacopy(self, op: Op) -> None:
-        times = [driver.modified(op) for driver in self.drivers]
-        if deviations.must_touch(op, *times):
+        """Overlayfs may have set the time of a file that was opened; then set it here too, so that the rest is comparable."""
+        expected, got = (driver.modified(op) for driver in self.drivers)
+        if expected == "now" != got:
             self.drivers[1].touch(op)
 
     def _look_at(self, done: list[Op]) -> None:

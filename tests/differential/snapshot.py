@@ -158,7 +158,7 @@ def _stored(path: bytes, status: os.stat_result, view: View, known: Handles) -> 
     fields = view.fields(status)
     fields["content"] = _content(path, status)
     fields["xattrs"] = _disk_xattrs(path, known)
-    if stat.S_ISREG(status.st_mode):
+    if stat.S_ISREG(status.st_mode) and view.count_blocks:
         fields["extents"] = _extents(path)
     return fields
 

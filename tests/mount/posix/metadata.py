@@ -105,6 +105,16 @@ def truncate_to_the_same_size_sets_mtime(d: Path) -> None:
     assert (d / "f").stat().st_mtime_ns > 10**18
 
 
+@behaviour({"f": File(TEXT, mtime=10**18), "empty": File(b"", mtime=10**18)})
+def ftruncate_to_the_same_size_sets_mtime(d: Path) -> None:
+    for name, size in ("f", len(TEXT)), ("empty", 0):
+        descriptor = os.open(d / name, os.O_RDWR)
+        os.utime(descriptor, ns=(7, 10**18))
+        os.ftruncate(descriptor, size)
+        assert os.fstat(descriptor).st_mtime_ns > 10**18
+        os.close(descriptor)
+
+
 @behaviour({"f": TEXT})
 def fchmod_and_futimens_through_a_read_only_descriptor(d: Path) -> None:
     descriptor = os.open(d / "f", os.O_RDONLY)
