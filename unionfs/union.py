@@ -257,7 +257,7 @@ class Union:
             sysio.chmod_at(dirfd, name, bits)
 
     def _truncate(self, node: Node, fd: int, size: int, *, kill_for: Caller | None) -> None:
-        """Set the size as the caller did: ftruncate(2) sets the times even where the size stays, truncate(2) does not."""
+        """Set the size as the caller did: of the two only ftruncate(2) sets the times where the size stays."""
         if fd in self.open_files:
             os.ftruncate(fd, size)
             if kill_for is not None:
