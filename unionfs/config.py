@@ -108,7 +108,7 @@ def parse_lowers(text: str) -> tuple[list[str], list[str]]:
 
     Raises UsageError for an empty list, an empty name, or an ordinary layer after a data-only one.
     """
-    parts = _split_escaped(text, ":")
+    parts = split_escaped(text, ":")
     lowers: list[str] = []
     data: list[str] = []
     is_data = False
@@ -138,10 +138,10 @@ def escape_lower(path: str) -> str:
 
 def unescape(text: str) -> str:
     """Remove one level of backslash escapes (ovl_unescape)."""
-    return "".join(_split_escaped(text, None))
+    return "".join(split_escaped(text, None))
 
 
-def _split_escaped(text: str, separator: str | None) -> list[str]:
+def split_escaped(text: str, separator: str | None) -> list[str]:
     """Split at unescaped separators and undo the escapes; a backslash at the very end stands for itself."""
     parts: list[list[str]] = [[]]
     chars = iter(text)

@@ -49,6 +49,12 @@ class MountFailed(UnionError):
     exit_code = 6
 
 
+class VolumeError(UnionError):
+    """A volume command can't be done: no such volume, the name is taken, or a bad archive."""
+
+    exit_code = 7
+
+
 # What `--help` and the README print; the tests compare them with the classes above.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -58,10 +64,12 @@ EXIT_CODES: dict[int, str] = {
     4: "busy: upper, work or mount point is in use",
     5: "environment: no /dev/fuse, libfuse or pyfuse3",
     6: "the mount or unmount failed",
+    7: "volumes: no such volume, the name is taken, or a bad archive",
 }
 
 _BY_CODE: dict[int, type[UnionError]] = {
-    cls.exit_code: cls for cls in (UnionError, UsageError, LayerError, BusyError, EnvironmentUnfit, MountFailed)
+    cls.exit_code: cls
+    for cls in (UnionError, UsageError, LayerError, BusyError, EnvironmentUnfit, MountFailed, VolumeError)
 }
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(unionfs.__file__).parent
 
 # Bottom to top. `_native` is the C extension, which imports nothing.
 ORDER = [
-    *("_native", "errors", "config", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
+    *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union"),
     *("native", "dispatch", "ops", "mountinfo", "control", "preflight", "daemon", "unmount", "doctor"),
     *("cli", "__main__"),

@@ -1,0 +1,198 @@
+"""What a mount's volumes are asked to be: `VolumeSpec`, and how one is written.
+
+Both notations are Docker's own. `-v [SRC:]DST[:OPTS]` is short and forgiving: a host path that is missing is made. `--mount
+type=bind,source=SRC,target=DST,readonly` is explicit and refuses it. An absolute SRC is a host path, any other word the
+name of a volume, and without SRC the volume is anonymous. DST is a path in the union.
+
+This module looks at nothing but its arguments; whether a source exists is for whoever mounts it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from unionfs.config import split_escaped
+from unionfs.errors import UsageError
+
+Kind = Literal["bind", "volume"]
+
+VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
+
+# What Docker takes and what has no meaning here: SELinux labels, and hints for file sharing with a virtual machine.
+_WITHOUT_EFFECT = frozenset({"z", "Z", "consistent", "cached", "delegated"})
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """One volume of a mount.
+
+    `source` is an absolute host path (kind bind), the name of a volume, or "" for an anonymous one. `target` is an absolute
+    path in the union, normalized, never "/". `create` makes a host directory that is missing. `nocopy` keeps an empty
+    volume from being filled with what the union has at the target.
+    """
+
+    kind: Kind
+    source: str
+    target: str
+    read_only: bool = False
+    nocopy: bool = False
+    create: bool = False
+    recursive: bool = True
+    propagation: str = "rprivate"
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.target}" if self.source else self.target
+
+
+def parse_volume(text: str) -> VolumeSpec:
+    """Read the argument of `-v`: `[SRC:]DST[:OPTS]`; a colon in a name is written `\\:`.
+
+    Raises UsageError.
+    """
+    parts = split_escaped(text, ":")
+    if not 1 <= len(parts) <= 3 or not all(parts):
+        raise UsageError(f"-v {text}: write SOURCE:TARGET[:OPTIONS], or TARGET alone for an anonymous volume")
+    if len(parts) == 1:
+        return VolumeSpec("volume", "", _target(parts[0], text))
+    source, target = parts[0], _target(parts[1], text)
+    kind, source = _source(source, text)
+    spec: dict[str, Any] = {"create": kind == "bind"}
+    for option in parts[2].split(",") if len(parts) == 3 else ():
+        _apply_short(spec, option, text)
+    if spec.get("nocopy") and kind == "bind":
+        raise UsageError(f"-v {text}: nocopy is for volumes, {source} is a host path")
+    return VolumeSpec(kind, source, target, **spec)
+
+
+def _apply_short(spec: dict[str, Any], option: str, text: str) -> None:
+    if option in ("ro", "rw"):
+        spec["read_only"] = option == "ro"
+    elif option == "nocopy":
+        spec["nocopy"] = True
+    elif option in PROPAGATIONS:
+        spec["propagation"] = option
+    elif option not in _WITHOUT_EFFECT:
+        raise UsageError(
+            f"-v {text}: unknown option {option!r}: use ro, rw, nocopy or one of {', '.join(PROPAGATIONS)}"
+        )
+
+
+def parse_mount_words(text: str) -> VolumeSpec:
+    """Read the argument of `--mount`: `type=bind|volume,source=SRC,target=DST[,readonly]...`.
+
+    Raises UsageError.
+    """
+    fields: dict[str, str] = {}
+    for word in next(csv.reader([text]), []):
+        name, equals, value = word.partition("=")
+        name = _LONG_NAMES.get(name.strip().lower(), "")
+        if not name:
+            raise UsageError(f"--mount {text}: unknown key {word!r}: use {', '.join(sorted(_LONG_NAMES))}")
+        fields[name] = value if equals else "true"
+    return from_fields(fields, f"--mount {text}")
+
+
+_LONG_NAMES = {
+    "type": "type",
+    "source": "source",
+    "src": "source",
+    "target": "target",
+    "destination": "target",
+    "dst": "target",
+    "readonly": "readonly",
+    "ro": "readonly",
+    "volume-nocopy": "nocopy",
+    "bind-propagation": "propagation",
+    "bind-nonrecursive": "nonrecursive",
+}
+
+
+def from_fields(fields: Mapping[str, object], where: str, *, create: bool = False) -> VolumeSpec:
+    """Build a volume from named fields: type, source, target, readonly, nocopy, propagation, nonrecursive.
+
+    `where` begins the message of a UsageError; `create` is for a bind whose source may be missing.
+    """
+    unknown = set(fields) - {*_LONG_NAMES.values(), "create"}
+    if unknown:
+        raise UsageError(f"{where}: unknown key {sorted(unknown)[0]!r}")
+    source, target = fields.get("source", ""), fields.get("target")
+    if not isinstance(source, str) or not isinstance(target, str) or not target:
+        raise UsageError(f"{where}: give source= and target= as paths (without source: an anonymous volume)")
+    kind = fields.get("type", "bind" if "type" not in fields and _is_path(source) else "volume")
+    if kind == "tmpfs":
+        raise UsageError(f"{where}: type=tmpfs is not supported: mount a tmpfs and bind that")
+    if kind not in ("bind", "volume"):
+        raise UsageError(f"{where}: type={kind}: use bind or volume")
+    if kind == "bind":
+        if not os.path.isabs(source):
+            raise UsageError(f"{where}: a bind needs source= with an absolute path")
+        source = os.path.normpath(source)
+    elif source and not VOLUME_NAME.fullmatch(source):
+        raise UsageError(
+            f"{where}: {source!r} is no volume name: use letters, digits, '_', '.', '-' (a host path is type=bind)"
+        )
+    propagation = fields.get("propagation", "rprivate")
+    if propagation not in PROPAGATIONS:
+        raise UsageError(f"{where}: bind-propagation={propagation}: use one of {', '.join(PROPAGATIONS)}")
+    nocopy = _truth(fields, "nocopy", where)
+    if nocopy and kind == "bind":
+        raise UsageError(f"{where}: nocopy is for volumes, {source} is a host path")
+    return VolumeSpec(
+        kind,
+        source,
+        _target(target, where),
+        read_only=_truth(fields, "readonly", where),
+        nocopy=nocopy,
+        create=create or _truth(fields, "create", where),
+        recursive=not _truth(fields, "nonrecursive", where),
+        propagation=str(propagation),
+    )
+
+
+def _truth(fields: Mapping[str, object], name: str, where: str) -> bool:
+    value = fields.get(name, False)
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "1"):
+        return True
+    if str(value).lower() in ("false", "0"):
+        return False
+    raise UsageError(f"{where}: {name}={value}: use true or false")
+
+
+def _is_path(source: str) -> bool:
+    return source.startswith(("/", "./", "../")) or source in (".", "..")
+
+
+def _source(source: str, text: str) -> tuple[Kind, str]:
+    if _is_path(source):
+        return "bind", os.path.abspath(source)
+    if not VOLUME_NAME.fullmatch(source):
+        raise UsageError(
+            f"-v {text}: {source!r} is neither an absolute path nor a volume name (two or more letters, digits, '_', '.', '-')"
+        )
+    return "volume", source
+
+
+def _target(target: str, text: str) -> str:
+    if not os.path.isabs(target):
+        raise UsageError(f"{text}: the target {target!r} must be an absolute path in the union")
+    target = os.path.normpath("/" + target.lstrip("/"))
+    if target == "/":
+        raise UsageError(f"{text}: the target can't be the root of the union")
+    return target
+
+
+def check_targets(specs: Iterable[VolumeSpec]) -> None:
+    """Raise UsageError where two volumes have the same target."""
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.target in seen:
+            raise UsageError(f"two volumes have the target {spec.target}: leave one out")
+        seen.add(spec.target)
