@@ -1,8 +1,8 @@
 """What a mount's volumes are asked to be: `VolumeSpec`, and how one is written.
 
-Both notations are Docker's own. `-v [SRC:]DST[:OPTS]` is short and forgiving: a host path that is missing is made. `--mount
-type=bind,source=SRC,target=DST,readonly` is explicit and refuses it. An absolute SRC is a host path, any other word the
-name of a volume, and without SRC the volume is anonymous. DST is a path in the union.
+Both notations are Docker's own. `-v [SRC:]DST[:OPTS]` is short and forgiving: a host path that is missing is made.
+`--mount type=bind,source=SRC,target=DST,readonly` is explicit and refuses it. An absolute SRC is a host path, any other
+word the name of a volume, and without SRC the volume is anonymous. DST is a path in the union.
 
 This module looks at nothing but its arguments; whether a source exists is for whoever mounts it.
 """
@@ -32,9 +32,9 @@ _WITHOUT_EFFECT = frozenset({"z", "Z", "consistent", "cached", "delegated"})
 class VolumeSpec:
     """One volume of a mount.
 
-    `source` is an absolute host path (kind bind), the name of a volume, or "" for an anonymous one. `target` is an absolute
-    path in the union, normalized, never "/". `create` makes a host directory that is missing. `nocopy` keeps an empty
-    volume from being filled with what the union has at the target.
+    `source` is an absolute host path (kind bind), the name of a volume, or "" for an anonymous one. `target` is an
+    absolute path in the union, normalized, never "/". `create` makes a host directory that is missing. `nocopy`
+    keeps an empty volume from being filled with what the union has at the target.
     """
 
     kind: Kind
@@ -120,7 +120,7 @@ def from_fields(fields: Mapping[str, object], where: str, *, create: bool = Fals
     """
     unknown = set(fields) - {*_LONG_NAMES.values(), "create"}
     if unknown:
-        raise UsageError(f"{where}: unknown key {sorted(unknown)[0]!r}")
+        raise UsageError(f"{where}: unknown key {min(unknown)!r}")
     source, target = fields.get("source", ""), fields.get("target")
     if not isinstance(source, str) or not isinstance(target, str) or not target:
         raise UsageError(f"{where}: give source= and target= as paths (without source: an anonymous volume)")
@@ -175,7 +175,7 @@ def _source(source: str, text: str) -> tuple[Kind, str]:
         return "bind", os.path.abspath(source)
     if not VOLUME_NAME.fullmatch(source):
         raise UsageError(
-            f"-v {text}: {source!r} is neither an absolute path nor a volume name (two or more letters, digits, '_', '.', '-')"
+            f"-v {text}: {source!r} is no absolute path and no volume name (letters, digits, '_', '.', '-')"
         )
     return "volume", source
 
