@@ -6,6 +6,7 @@ starts fast.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ import typer
 
 import unionfs
 from unionfs.config import LogLevel, parse_mount
-from unionfs.errors import EXIT_CODES, UsageError
+from unionfs.errors import EXIT_CODES, UnionError, UsageError
+from unionfs.volumespec import BindMode, MountVolumes, VolumeSpec
 
 app = typer.Typer(
     name="unionfs",
@@ -48,6 +50,8 @@ MOUNT_EPILOG = _epilog(
             "unionfs mount /srv/app:/srv/base /mnt   (read-only)",
             "unionfs mount --work /disk/work /srv/base /disk/upper /mnt",
             "unionfs mount -o noatime,metacopy=off,timeout=0 /srv/base /srv/changes /mnt",
+            "unionfs mount -v /srv/data:/data -v cache:/var/cache /srv/base /srv/changes /mnt",
+            "unionfs mount --config work.toml",
         ],
     ),
     (
@@ -71,7 +75,9 @@ MOUNT_EPILOG = _epilog(
         ],
     ),
 )
-UMOUNT_EPILOG = _epilog(("Examples", ["unionfs umount /mnt", "unionfs umount --lazy /mnt"]))
+UMOUNT_EPILOG = _epilog(
+    ("Examples", ["unionfs umount /mnt", "unionfs umount --lazy /mnt", "unionfs umount --rm -v web"])
+)
 
 
 def _version(wanted: bool) -> None:
@@ -96,9 +102,18 @@ def _version(wanted: bool) -> None:
     )
 )
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and end.")
     ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="Where volumes and the memory of mounts lie. Default: /var/lib/unionfs, or the user's data directory.",
+        ),
+    ] = None,
 ) -> None:
     """Lay directories over one another, see them as one, and keep changes apart.
 
@@ -106,19 +121,21 @@ def root(
     stay as they are. Semantics and on-disk format are overlayfs's own, served
     from user space, for root and ordinary users.
     """
+    context.obj = store
 
 
 @app.command(epilog=MOUNT_EPILOG)
 def mount(
+    context: typer.Context,
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="LOWER[:LOWER...] [UPPER] MOUNTPOINT",
             help="The leftmost lower is on top. A colon in a name is written \\:, and ::LOWER is a data-only "
             "layer. Without UPPER the union is read-only.",
             show_default=False,
         ),
-    ],
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("-o", "--options", metavar="OPT[,OPT...]", help="Mount options, see below. Repeatable."),
@@ -129,6 +146,43 @@ def mount(
             metavar="DIR",
             help="Work directory, on the file system of UPPER. Default: .NAME.unionfs-work beside UPPER.",
         ),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-v",
+            "--volume",
+            metavar="[SRC:]DST[:OPTS]",
+            help="Bind a host directory or file, or a named volume, on DST in the union; without SRC an anonymous "
+            "volume. OPTS: ro, nocopy. Repeatable.",
+        ),
+    ] = None,
+    mounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="KEY=VALUE,...",
+            help="The same, spelled out: type=bind|volume,source=SRC,target=DST[,readonly]. A missing SRC is refused.",
+        ),
+    ] = None,
+    volumes_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MOUNT[:ro]", help="Take over the volumes of another mount, by its name or mount point. Repeatable."
+        ),
+    ] = None,
+    bind_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(BindMode)),
+            help="Who serves the volumes: the kernel by real bind mounts, or the daemon. Default: auto.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A name for the mount; it is remembered, see umount --rm.")
+    ] = None,
+    config_file: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="Read the mount from a TOML file; options add to it.")
     ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay in the foreground, log to standard error.")
@@ -146,43 +200,113 @@ def mount(
 ) -> None:
     """Mount a union and return when it answers."""
     from unionfs import daemon, preflight
+    from unionfs.mountfile import MountFile, read_mount_file
 
     if log_level not in get_args(LogLevel):
         raise UsageError(f"--log-level {log_level}: use one of {', '.join(get_args(LogLevel))}")
+    file = read_mount_file(config_file) if config_file is not None else MountFile()
+    if not paths and not file.positionals:
+        raise UsageError("give LOWER[:LOWER...] UPPER MOUNTPOINT, or LOWER[:LOWER...] MOUNTPOINT to read only")
+    if paths and len(paths) == 1 and file.positionals:
+        paths = [*file.positionals[:-1], *paths]
     privileged = os.geteuid() == 0
     config = parse_mount(
-        paths,
-        options or [],
-        work=work,
+        paths or file.positionals,
+        [*file.options, *(options or [])],
+        work=work or file.work,
         allow_other_default=privileged or preflight.user_allow_other(),
         privileged=privileged,
         foreground=foreground,
         log_level=cast(LogLevel, log_level),
         log_file=log_file,
     )
+    volumes = _volumes(
+        context.obj,
+        name or file.name,
+        bind_mode or file.bind_mode or "auto",
+        [*file.volumes, *_given_volumes(volume or [], mounts or [])],
+        [*file.volumes_from, *(volumes_from or [])],
+    )
     preflight.check(config)
     if foreground:
-        daemon.serve(config, lambda: None)
+        daemon.serve(config, lambda: None, volumes)
     else:
-        daemon.start(config)
+        daemon.start(config, volumes)
+
+
+def _given_volumes(short: Sequence[str], long: Sequence[str]) -> list[VolumeSpec]:
+    from unionfs.volumespec import parse_mount_words, parse_volume
+
+    return [*map(parse_volume, short), *map(parse_mount_words, long)]
+
+
+def _volumes(
+    store: str | None, name: str | None, bind_mode: str, specs: list[VolumeSpec], others: list[str]
+) -> MountVolumes:
+    """Put together what a mount's volumes are: its own, then those of --volumes-from at other targets."""
+    from unionfs.volumespec import check_targets, merge_volumes, parse_name
+
+    if bind_mode not in get_args(BindMode):
+        raise UsageError(f"--bind-mode {bind_mode}: use one of {', '.join(get_args(BindMode))}")
+    check_targets(specs)
+    merged = tuple(specs)
+    if others:
+        from unionfs.volumes import Store
+
+        with contextlib.closing(Store.open(store)) as opened:
+            for word in others:
+                merged = merge_volumes(merged, opened.volumes_from(word))
+    return MountVolumes(parse_name(name) if name is not None else None, merged, cast(BindMode, bind_mode), store)
 
 
 @app.command(epilog=UMOUNT_EPILOG)
 def umount(
-    mountpoints: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT...", show_default=False)],
+    context: typer.Context,
+    mountpoints: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT|NAME...", show_default=False)],
     lazy: Annotated[bool, typer.Option("--lazy", "-l", help="Detach now; it ends when the last user lets go.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--rm", help="Forget the mount's name and volumes too; unmounted ones as well.")
+    ] = False,
+    volumes: Annotated[bool, typer.Option("-v", "--volumes", help="With --rm: remove its anonymous volumes.")] = False,
 ) -> None:
     """Unmount a union and return when its daemon has ended.
 
-    A busy one stays, and the message names who uses it. A dead one (its daemon
-    was killed) is cleared.
+    Its volumes go first. A busy one stays, and the message names who uses it. A
+    dead one (its daemon was killed) is cleared. A mount with a name or volumes is
+    remembered, for --volumes-from, until --rm.
     """
     from unionfs.unmount import unmount
 
-    for mountpoint in [os.path.abspath(path) if path else path for path in mountpoints]:
-        said = unmount(mountpoint, lazy=lazy)
+    if volumes and not forget:
+        raise UsageError("-v removes anonymous volumes together with the memory of the mount: use --rm -v")
+    for word in mountpoints:
+        said = unmount(word, lazy=lazy, forget=forget, anonymous=volumes, store=context.obj)
         if said:
             print(f"unionfs: {said}", file=sys.stderr)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    words: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT|NAME...", show_default=False)],
+) -> None:
+    """Print all that is known of a mount, as a JSON list.
+
+    Under Mounts stand its volumes, in Docker's words; BindMode says who serves
+    them. A mount that is only remembered has the state "unmounted".
+    """
+    from unionfs.inspection import inspect_mount
+
+    found: list[dict[str, Any]] = []
+    error: UnionError | None = None
+    for word in words:
+        try:
+            found.append(inspect_mount(word, context.obj))
+        except UnionError as exc:
+            error = error or exc
+    print(json.dumps(found, indent=4))
+    if error is not None:
+        raise error
 
 
 @app.command("ls")
@@ -207,16 +331,17 @@ def list_mounts(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("MOUNT POINT", "STATE", "PID", "UPPER", "LOWERS"):
+    for name in ("MOUNT POINT", "NAME", "STATE", "PID", "UPPER", "LOWERS", "VOLUMES"):
         table.add_column(name, overflow="fold")
     for entry in entries:
         record = entry.record
-        row = [entry.mountpoint, entry.state.value]
         if record is None:
-            row += ["-", "-", "-"]
+            row = [entry.mountpoint, "-", entry.state.value, *"----"]
         else:
             lowers = "\n".join([*record.lowers, *(f"::{path}" for path in record.data_lowers)])
-            row += [str(record.pid), record.upper or "(read-only)", lowers]
+            volumes = "\n".join(str(volume["Destination"]) for volume in record.volumes)
+            row = [entry.mountpoint, record.name or "-", entry.state.value, str(record.pid)]
+            row += [record.upper or "(read-only)", lowers, volumes or "-"]
         table.add_row(*map(_printable, row))
     _console().print(table)
 

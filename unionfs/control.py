@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from unionfs.mountinfo import FUSE_TYPE, Mount, read_mounts
 
@@ -42,7 +43,8 @@ class Record:
     """One mount as its daemon describes it.
 
     `start` is the process's start time in clock ticks since boot, `pidns` the inode number of its pid
-    namespace, `dev` the mount's `major:minor`, `mounted_at` a Unix time in seconds.
+    namespace, `dev` the mount's `major:minor`, `volumes` what `inspect` shows of them, `store` the volume store's
+    directory where the mount has to do with one, `mounted_at` a Unix time in seconds.
     """
 
     pid: int
@@ -50,11 +52,14 @@ class Record:
     pidns: int
     mountpoint: str
     dev: str
+    name: str | None
     lowers: list[str]
     data_lowers: list[str]
     upper: str | None
     work: str | None
     options: dict[str, object]
+    volumes: list[dict[str, object]]
+    store: str | None
     log: str | None
     version: str
     mounted_at: float
@@ -156,11 +161,17 @@ def _record_files(uids: Iterable[int]) -> Iterator[str]:
                         yield os.path.join(directory, name)
 
 
+# What the first version's records lack.
+_ADDED_FIELDS: dict[str, Any] = {"name": None, "volumes": [], "store": None}
+
+
 def _load(path: str) -> Record | None:
-    """Read one record; None if it is gone, half-written or from another version."""
+    """Read one record; None if it is gone or half-written. What another version doesn't say is left empty."""
     try:
         with open(path, encoding="ascii") as file:
             values = json.load(file)
+        for name, empty in _ADDED_FIELDS.items():
+            values.setdefault(name, empty)
         return Record(**{field.name: values[field.name] for field in dataclasses.fields(Record)})
     except (OSError, ValueError, KeyError, TypeError):
         return None

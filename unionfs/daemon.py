@@ -32,10 +32,13 @@ from unionfs import control, native
 from unionfs.config import MountConfig
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
 from unionfs.mountinfo import FUSE_TYPE, mounted_at
+from unionfs.mountvolumes import MountedVolumes
+from unionfs.volumespec import MountVolumes
 
 if TYPE_CHECKING:
     import trio
 
+    from unionfs.bind import BindPoint
     from unionfs.ops import UnionOperations
     from unionfs.union import Union
 
@@ -52,12 +55,14 @@ SYSTEM_LOG = "/dev/log"
 
 Ready = Callable[[], None]
 
+NO_VOLUMES = MountVolumes()
+
 
 # --- starting -------------------------------------------------------------------------------------
 
 
-def start(config: MountConfig) -> None:
-    """Mount in the background and return when the mount answers.
+def start(config: MountConfig, volumes: MountVolumes = NO_VOLUMES) -> None:
+    """Mount in the background and return when the mount answers and its volumes are bound.
 
     Raises the UnionError that stopped the daemon; MountFailed if it ended without a word.
     """
@@ -65,7 +70,7 @@ def start(config: MountConfig) -> None:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _become_daemon(config, writer)
+        _become_daemon(config, volumes, writer)
     os.close(writer)
     os.waitpid(child, 0)
     with open(reader, "rb") as pipe:
@@ -77,7 +82,7 @@ def start(config: MountConfig) -> None:
         raise from_exit_code(code, message)
 
 
-def _become_daemon(config: MountConfig, writer: int) -> NoReturn:
+def _become_daemon(config: MountConfig, volumes: MountVolumes, writer: int) -> NoReturn:
     """Leave the caller's session and serve. Runs in a forked child and never returns."""
     status = 1
     try:
@@ -89,12 +94,12 @@ def _become_daemon(config: MountConfig, writer: int) -> NoReturn:
             os.dup2(null, fd)
         if null > 2:
             os.close(null)
-        status = _serve_and_tell(config, writer)
+        status = _serve_and_tell(config, volumes, writer)
     finally:
         os._exit(status)
 
 
-def _serve_and_tell(config: MountConfig, writer: int) -> int:
+def _serve_and_tell(config: MountConfig, volumes: MountVolumes, writer: int) -> int:
     """Serve, and write the outcome of the start to `writer`; return the process's exit status."""
 
     def tell(code: int, message: str) -> None:
@@ -106,7 +111,7 @@ def _serve_and_tell(config: MountConfig, writer: int) -> int:
             writer = -1
 
     try:
-        serve(config, lambda: tell(0, ""))
+        serve(config, lambda: tell(0, ""), volumes)
     except UnionError as error:
         tell(error.exit_code, str(error))
         return error.exit_code
@@ -119,13 +124,14 @@ def _serve_and_tell(config: MountConfig, writer: int) -> int:
 # --- serving --------------------------------------------------------------------------------------
 
 
-def serve(config: MountConfig, ready: Ready) -> None:
-    """Mount and serve until unmounted; call `ready` once, when the mount answers.
+def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES) -> None:
+    """Mount and serve until unmounted; call `ready` once, when the mount answers and its volumes are bound.
 
     Raises a UnionError for what keeps the union from being mounted.
     """
     with _logging(config) as log_file:
-        life = _Life(config, ready, log_file)
+        mounted = MountedVolumes(config, volumes)
+        life = _Life(config, ready, log_file, volumes.name, mounted)
         try:
             _open_and_run(config, life)
         except UnionError as error:
@@ -136,6 +142,7 @@ def serve(config: MountConfig, ready: Ready) -> None:
             raise
         finally:
             log.info("%s: ended", config.mountpoint)
+            mounted.close()
             control.remove(life.record_path)  # last: from here on the layers are free
 
 
@@ -149,6 +156,7 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
         dispatch.install()
     from unionfs.union import Union
 
+    life.volumes.prepare()
     union = Union.open(config)
     try:
         log.info("layers open; native part %s", "loaded" if native_loaded else "not used")
@@ -161,9 +169,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     import pyfuse3
     import trio
 
-    from unionfs.ops import UnionOperations
-
-    operations = UnionOperations(union, config)
+    operations = _operations(config, union, life)
     with _stderr_captured() as said:
         try:
             pyfuse3.init(operations, config.mountpoint, libfuse_options(config))
@@ -177,13 +183,27 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
         pyfuse3.close(unmount=True)
 
 
+def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:
+    if life.volumes.needs_fuse:
+        from unionfs.bind_ops import BindingOperations
+
+        return BindingOperations(union, config)
+    from unionfs.ops import UnionOperations
+
+    return UnionOperations(union, config)
+
+
 class _Life:
     """The trio side of one mount: its session, its signals, its readiness."""
 
-    def __init__(self, config: MountConfig, ready: Ready, log_file: str | None) -> None:
+    def __init__(
+        self, config: MountConfig, ready: Ready, log_file: str | None, name: str | None, volumes: MountedVolumes
+    ) -> None:
         self.config = config
         self.ready = ready
         self.log_file = log_file
+        self.name = name
+        self.volumes = volumes
         self.record_path: str | None = None
 
     async def run(self, operations: UnionOperations) -> None:
@@ -194,11 +214,11 @@ class _Life:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._handle_signals, operations)
             await nursery.start(operations.run)
-            nursery.start_soon(self._announce)
+            nursery.start_soon(self._announce, operations)
             await pyfuse3.main(min_tasks=SESSION_TASKS)
             nursery.cancel_scope.cancel()
 
-    async def _announce(self) -> None:
+    async def _announce(self, operations: UnionOperations) -> None:
         """Say that the mount is ready as soon as it answers, asked from a thread as any program would ask."""
         import trio
 
@@ -210,9 +230,31 @@ class _Life:
             raise MountFailed(f"the mount on {mountpoint} does not answer") from None
         except OSError as error:
             raise MountFailed(f"the mount on {mountpoint} answers with {error.strerror}") from None
-        self.record_path = _write_record(self.config, self.log_file)
+        await self._bind_volumes(operations)
+        self.record_path = self._write_record()
         self.ready()
         log.info("%s: mounted", mountpoint)
+
+    async def _bind_volumes(self, operations: UnionOperations) -> None:
+        import trio
+
+        def attach(point: BindPoint) -> None:
+            from unionfs.bind_ops import BindingOperations
+
+            assert isinstance(operations, BindingOperations)
+            trio.from_thread.run_sync(operations.attach, point)
+
+        try:
+            await trio.to_thread.run_sync(self.volumes.establish, attach)
+        except BaseException:
+            await self._take_down_volumes()
+            raise
+
+    async def _take_down_volumes(self) -> None:
+        import trio
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.volumes.take_down)
 
     async def _handle_signals(self, operations: UnionOperations, task_status: trio.TaskStatus[None]) -> None:
         import pyfuse3
@@ -226,7 +268,34 @@ class _Life:
                     dump(operations)
                 else:
                     log.info("ending on %s", signal.Signals(number).name)
+                    await self._take_down_volumes()
                     pyfuse3.terminate()
+
+    def _write_record(self) -> str | None:
+        config = self.config
+        mount = mounted_at(config.mountpoint)
+        record = control.Record(
+            pid=os.getpid(),
+            start=control.process_start(os.getpid()) or 0,
+            pidns=control.pid_namespace(),
+            mountpoint=config.mountpoint,
+            dev=mount.dev if mount else "",
+            name=self.name,
+            lowers=list(config.lowers),
+            data_lowers=list(config.data_lowers),
+            upper=config.upper,
+            work=config.work,
+            options=shown_options(config),
+            volumes=self.volumes.shown(),
+            store=self.volumes.store_root,
+            log=self.log_file,
+            version=unionfs.__version__,
+            mounted_at=time.time(),
+        )
+        path = control.write(record)
+        if path is None:
+            log.warning("no place for the state file: unionfs ls and umount won't know this mount")
+        return path
 
 
 def libfuse_options(config: MountConfig) -> set[str]:
@@ -359,29 +428,6 @@ def _default_log() -> str | None:
     if directory is None:
         return None
     return control.log_path(control.record_path(directory))
-
-
-def _write_record(config: MountConfig, log_file: str | None) -> str | None:
-    mount = mounted_at(config.mountpoint)
-    record = control.Record(
-        pid=os.getpid(),
-        start=control.process_start(os.getpid()) or 0,
-        pidns=control.pid_namespace(),
-        mountpoint=config.mountpoint,
-        dev=mount.dev if mount else "",
-        lowers=list(config.lowers),
-        data_lowers=list(config.data_lowers),
-        upper=config.upper,
-        work=config.work,
-        options=shown_options(config),
-        log=log_file,
-        version=unionfs.__version__,
-        mounted_at=time.time(),
-    )
-    path = control.write(record)
-    if path is None:
-        log.warning("no place for the state file: unionfs ls and umount won't know this mount")
-    return path
 
 
 def shown_options(config: MountConfig) -> dict[str, object]:

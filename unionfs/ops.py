@@ -237,7 +237,8 @@ class UnionOperations(pyfuse3.Operations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        st = await self._settled(self._union.setattr, node, changes, -1 if fh is None else fh, kill_for=kill)
+        handle = -1 if fh is None else fh
+        st = await self._settled(self._union.setattr, node, changes, handle, kill_for=kill, who=self._caller(ctx))
         return self._attributes(node, st)
 
     @handler

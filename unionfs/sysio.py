@@ -29,6 +29,7 @@ __all__ = [
     "chmod_at",
     "clone_file",
     "clone_mount",
+    "clone_tree",
     "copy_data",
     "entry_path",
     "fd_path",
@@ -38,10 +39,14 @@ __all__ = [
     "getdents",
     "linkat_fd",
     "make_mount_readonly",
+    "move_mount",
     "open_beneath",
     "open_by_handle",
+    "open_in_root",
     "rename",
     "set_inode_flags",
+    "set_mount",
+    "unmount",
     "utimens_at",
     "utimens_fd",
 ]
@@ -67,6 +72,7 @@ O_PATH_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RESOLVE_NO_MAGICLINKS: Final = 0x02
 _RESOLVE_NO_SYMLINKS: Final = 0x04
 _RESOLVE_BENEATH: Final = 0x08
+_RESOLVE_IN_ROOT: Final = 0x10
 
 # System call numbers that are the same on every architecture (all were added after the tables were unified).
 _SYS_OPEN_TREE: Final = 428
@@ -128,6 +134,21 @@ def open_beneath(root_fd: int, path: bytes, flags: int) -> int:
     return _walk_beneath(root_fd, path, flags)
 
 
+def open_in_root(root_fd: int, path: bytes, flags: int) -> int:
+    """Open *path* as if *root_fd* were the root directory: symbolic links and ``..`` are followed, but never out of it.
+
+    ``RESOLVE_IN_ROOT`` of ``openat2(2)``, what ``chroot(2)`` does to a path walk. Needs Linux 5.6.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    while True:
+        fd = _syscall(_SYS_OPENAT2, root_fd, path, how, ctypes.c_size_t(len(how)))
+        if fd >= 0:
+            return int(fd)
+        # EAGAIN: a rename somewhere raced with a step through `..`.
+        if ctypes.get_errno() != errno.EAGAIN:
+            raise _fail(path)
+
+
 def _walk_beneath(root_fd: int, path: bytes, flags: int) -> int:
     parts = [part for part in path.split(b"/") if part]
     if not parts or b".." in parts:
@@ -166,6 +187,47 @@ def make_mount_readonly(fd: int) -> bool:
     """Make a private mount from :func:`clone_mount` read-only and noatime, as overlayfs does with its lowers."""
     attr = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
     return bool(_syscall(_SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))) == 0)
+
+
+_AT_RECURSIVE: Final = 0x8000
+_OPEN_TREE_CLONE: Final = 1
+_SYS_MOVE_MOUNT: Final = 429
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+_PROPAGATION: Final = {"shared": 1 << 20, "slave": 1 << 19, "private": 1 << 18}
+
+
+def clone_tree(fd: int, *, recursive: bool) -> int:
+    """Return a descriptor of a detached bind mount of what *fd* names, with the mounts below it if *recursive*."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    tree = _syscall(_SYS_OPEN_TREE, fd, b"", flags)
+    if tree < 0:
+        raise _fail()
+    return int(tree)
+
+
+def set_mount(fd: int, *, read_only: bool, propagation: str, recursive: bool) -> None:
+    """Set attributes of a mount (``mount_setattr(2)``, Linux 5.12); *propagation* is shared, slave or private."""
+    attr = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY if read_only else 0, 0, _PROPAGATION[propagation], 0)
+    flags = AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    if _syscall(_SYS_MOUNT_SETATTR, fd, b"", flags, attr, ctypes.c_size_t(len(attr))) != 0:
+        raise _fail()
+
+
+def move_mount(fd: int, target_fd: int) -> None:
+    """Put a detached mount on what *target_fd* names (``move_mount(2)``)."""
+    if _syscall(_SYS_MOVE_MOUNT, fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH) != 0:
+        raise _fail()
+
+
+_UMOUNT_NOFOLLOW: Final = 8
+_MNT_DETACH: Final = 2
+
+
+def unmount(path: bytes, *, detach: bool = False) -> None:
+    """Unmount what is mounted on *path*, which is not followed if it is a symbolic link (``umount2(2)``)."""
+    if _libc.umount2(path, _UMOUNT_NOFOLLOW | (_MNT_DETACH if detach else 0)) != 0:
+        raise _fail(path)
 
 
 # -- metadata --

@@ -224,11 +224,22 @@ class Union:
 
     # -- attributes --
 
-    def setattr(self, node: Node, changes: Changes, fd: int = -1, *, kill_for: Caller | None = None) -> os.stat_result:
+    def setattr(
+        self,
+        node: Node,
+        changes: Changes,
+        fd: int = -1,
+        *,
+        kill_for: Caller | None = None,
+        who: Caller | None = None,
+    ) -> os.stat_result:
         """Change attributes.
 
         *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
+        *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
+        if changes == _NOTHING and who is not None:
+            self._check_clearing(node, who)
         self.up.node(node, data=changes.size is not None, size=changes.size)
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
@@ -247,6 +258,12 @@ class Union:
                 dirfd, name = self.tree.place(node)
                 sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
         return self.tree.stat(node)
+
+    def _check_clearing(self, node: Node, who: Caller) -> None:
+        """Refuse chown(path, -1, -1) that would take set-user-id or set-group-id from another's file (``may_setattr``)."""
+        st = self.tree.stat(node)
+        if stat.S_ISREG(st.st_mode) and who.uid not in (0, st.st_uid) and _suidgid_to_clear(st, who):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def _chmod(self, node: Node, mode: int) -> None:
         bits = stat.S_IMODE(mode)
@@ -323,11 +340,16 @@ def clear_suidgid(fd: int, who: Caller | None) -> None:
     Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``).
     """
     st = os.fstat(fd)
+    drop = _suidgid_to_clear(st, who)
+    if drop:
+        os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
+
+
+def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
     drop = st.st_mode & stat.S_ISUID
     if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not _in_group(who, st.st_gid))):
         drop |= stat.S_ISGID
-    if drop:
-        os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
+    return drop
 
 
 def _in_group(who: Caller, gid: int) -> bool:

@@ -8,14 +8,20 @@ fdinfo, mapped files by device number, working and root directories and programs
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from unionfs import control
 from unionfs.control import Entry, Record, State
-from unionfs.errors import BusyError, EnvironmentUnfit, MountFailed, UsageError
+from unionfs.errors import BusyError, EnvironmentUnfit, MountFailed, UsageError, VolumeError
+from unionfs.kernelbind import Undoing, mounts_below
 from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, read_mounts
+
+if TYPE_CHECKING:
+    from unionfs.volumes import MountRow, Store
 
 # How long an unmounted daemon may take to finish, in seconds.
 END_SECONDS = 120.0
@@ -39,16 +45,74 @@ class Holder:
         return f"{self.name} (pid {self.pid}, {self.how})" if self.pid else self.how
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
-    """Unmount the union on `mountpoint` and wait until its daemon has ended; a dead mount is cleared.
+def unmount(
+    word: str, *, lazy: bool = False, forget: bool = False, anonymous: bool = False, store: str | None = None
+) -> str | None:
+    """Unmount a union, its volumes first, and wait until its daemon has ended.
 
-    With `lazy` the mount leaves the tree at once and ends when its last user lets go. The result is a line
-    to show, if there is something to say.
+    A dead mount is cleared with all that is mounted in it. With `lazy` the mount leaves the tree at once and ends when
+    its last user lets go.
 
-    Raises UsageError if nothing of ours is mounted there, BusyError if it is in use, MountFailed if it
-    can't be unmounted.
+    Args:
+        word: a mount point, or the name of a mount.
+        lazy: see above.
+        forget: forget the mount's name and volumes, also where it is not mounted any more.
+        anonymous: remove its anonymous volumes with that.
+        store: the volume store's directory; None for the mount's own or the user's default.
+
+    Returns:
+        A line to show, if there is something to say.
+
+    Raises:
+        UsageError: nothing of ours is mounted there; BusyError: it is in use; MountFailed: it can't be unmounted;
+        VolumeError: nothing is remembered that could be forgotten.
     """
-    path = _resolve(mountpoint)
+    path = _find(word)
+    if not forget:
+        return _unmount(path, lazy=lazy)
+    from unionfs.volumes import Store
+
+    with contextlib.closing(Store.open(store or _store_of(path))) as opened:
+        return _unmount_and_forget(opened, word, path, lazy=lazy, anonymous=anonymous)
+
+
+def _find(word: str) -> str:
+    """Return the mount point that `word` means: a path, or else the name of a mount that runs."""
+    if not word:
+        raise UsageError("empty path")
+    path = _resolve(os.path.abspath(word))
+    if "/" not in word and mounted_at(path) is None:
+        for record in control.all_records():
+            if record.name == word:
+                return record.mountpoint
+    return path
+
+
+def _store_of(path: str) -> str | None:
+    return next((record.store for record in control.all_records() if record.mountpoint == path), None)
+
+
+def _unmount_and_forget(store: Store, word: str, path: str, *, lazy: bool, anonymous: bool) -> str | None:
+    known = _remembered(store, word, path)
+    if known is not None:
+        path = known.mountpoint
+    mount = mounted_at(path)
+    said = None
+    if known is None or (mount is not None and mount.fstype == FUSE_TYPE):
+        said = _unmount(path, lazy=lazy)
+    if known is not None:
+        store.forget(known.name or known.mountpoint, anonymous=anonymous)
+    return said
+
+
+def _remembered(store: Store, word: str, path: str) -> MountRow | None:
+    for name in (word, path):
+        with contextlib.suppress(VolumeError):
+            return store.find_mount(name)
+    return None
+
+
+def _unmount(path: str, *, lazy: bool) -> str | None:
     os.chdir("/")  # where the command was called must not keep the mount busy
     mount = mounted_at(path)
     if mount is None:
@@ -60,9 +124,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
     if entry.record is None and not dead:
         raise UsageError(_unknown_line(mount))
     in_use = lazy and bool(holders(mount))
-    error = _detach(path, lazy=lazy or dead)
-    if error is not None:
-        raise _explain(mount, error)
+    _detach_all(mount, entry.record, lazy=lazy or dead)
     if dead:
         control.remove(entry.path)
         return f"cleared the dead mount on {path}"
@@ -73,8 +135,6 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> str | None:
 
 def _resolve(mountpoint: str) -> str:
     """Return the mount point's real path without touching the mount itself, which may hang or be dead."""
-    if not mountpoint:
-        raise UsageError("empty path")
     parent, name = os.path.split(os.path.abspath(mountpoint))
     path = os.path.join(os.path.realpath(parent), name)
     return path if mounted_at(path) else os.path.realpath(path)
@@ -104,6 +164,47 @@ def _unknown_line(mount: Mount) -> str:
     return f"{mount.mountpoint} has no state file, it may be another program's (unionfs-fuse): use umount(8)"
 
 
+def _detach_all(mount: Mount, record: Record | None, *, lazy: bool) -> None:
+    """Unmount the union, and before it, the last first, the volumes that the kernel has bound in it.
+
+    With `lazy` the kernel takes off the whole tree at once. Else all of it goes or, if something is in use, nothing.
+    """
+    binds = [] if lazy else _volume_mounts(mount, record)
+    undoing = Undoing()
+    try:
+        for bind in binds:
+            try:
+                undoing.unmount(bind, detach=False)
+            except OSError as exc:
+                raise _explain(bind, "busy" if exc.errno == errno.EBUSY else exc.strerror or str(exc)) from None
+        error = _detach(mount.mountpoint, lazy=lazy)
+        if error is not None:
+            raise _explain(mount, error)
+    except BaseException:
+        undoing.put_back()
+        raise
+    undoing.close()
+
+
+def _volume_mounts(mount: Mount, record: Record | None) -> list[Mount]:
+    """Return the mounts of the union's volumes and what is mounted in these, the last first.
+
+    Raises BusyError before anything is undone where the union itself is in use, or holds a mount that is not of ours.
+    """
+    below = mounts_below(mount, read_mounts())
+    if record is None or not below:
+        return []
+    places = {str(volume["At"]) for volume in record.volumes}
+    ours = {other.mount_id for other in below if other.mountpoint in places}
+    for other in below:
+        if other.parent_id in ours:
+            ours.add(other.mount_id)
+    keepers = [holder for holder in holders(mount) if holder.pid]
+    if keepers or any(other.mount_id not in ours for other in below):
+        raise _explain(mount, "busy", keepers or [holder for holder in holders(mount) if not holder.pid])
+    return below[::-1]
+
+
 def _detach(path: str, *, lazy: bool) -> str | None:
     """Unmount by umount(8), or fusermount3 for an ordinary user; return the error's text, None when done."""
     if os.geteuid() == 0:
@@ -126,10 +227,10 @@ def _detach(path: str, *, lazy: bool) -> str | None:
     return (done.stderr.strip().splitlines() or [f"{command[0]} failed"])[-1]
 
 
-def _explain(mount: Mount, error: str) -> BusyError | MountFailed:
+def _explain(mount: Mount, error: str, found: list[Holder] | None = None) -> BusyError | MountFailed:
     if "busy" not in error:
         return MountFailed(f"can't unmount {mount.mountpoint}: {error}")
-    found = holders(mount)
+    found = holders(mount) if found is None else found
     shown = ", ".join(str(holder) for holder in found[:SHOWN_HOLDERS])
     more = f" and {len(found) - SHOWN_HOLDERS} more" if len(found) > SHOWN_HOLDERS else ""
     by = f"used by {shown}{more}" if found else "by a process that this user may not see"

@@ -20,6 +20,7 @@ from unionfs.config import split_escaped
 from unionfs.errors import UsageError
 
 Kind = Literal["bind", "volume"]
+BindMode = Literal["auto", "kernel", "fuse"]
 
 VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
@@ -50,6 +51,29 @@ class VolumeSpec:
         return f"{self.source}:{self.target}" if self.source else self.target
 
 
+@dataclass(frozen=True, slots=True)
+class MountVolumes:
+    """All that a mount has to do with volumes: its own name, its volumes, how they are bound, and where the store is.
+
+    `root` is the store's directory, None for the user's default.
+    """
+
+    name: str | None = None
+    specs: tuple[VolumeSpec, ...] = ()
+    bind_mode: BindMode = "auto"
+    root: str | None = None
+
+
+def parse_name(name: str) -> str:
+    """Return the name of a mount if it is one: the same characters as for volumes.
+
+    Raises UsageError.
+    """
+    if not VOLUME_NAME.fullmatch(name):
+        raise UsageError(f"--name {name}: use two or more letters, digits, '_', '.', '-'")
+    return name
+
+
 def parse_volume(text: str) -> VolumeSpec:
     """Read the argument of `-v`: `[SRC:]DST[:OPTS]`; a colon in a name is written `\\:`.
 
@@ -68,6 +92,14 @@ def parse_volume(text: str) -> VolumeSpec:
     if spec.get("nocopy") and kind == "bind":
         raise UsageError(f"-v {text}: nocopy is for volumes, {source} is a host path")
     return VolumeSpec(kind, source, target, **spec)
+
+
+def merge_volumes(first: Iterable[VolumeSpec], second: Iterable[VolumeSpec]) -> tuple[VolumeSpec, ...]:
+    """Return `first` and what of `second` has another target: what a mount says itself wins over --volumes-from."""
+    merged = list(first)
+    targets = {spec.target for spec in merged}
+    merged += [spec for spec in second if spec.target not in targets]
+    return tuple(merged)
 
 
 def _apply_short(spec: dict[str, Any], option: str, text: str) -> None:
@@ -132,7 +164,7 @@ def from_fields(fields: Mapping[str, object], where: str, *, create: bool = Fals
     if kind == "bind":
         if not os.path.isabs(source):
             raise UsageError(f"{where}: a bind needs source= with an absolute path")
-        source = os.path.normpath(source)
+        source = _clean(source)
     elif source and not VOLUME_NAME.fullmatch(source):
         raise UsageError(
             f"{where}: {source!r} is no volume name: use letters, digits, '_', '.', '-' (a host path is type=bind)"
@@ -166,13 +198,18 @@ def _truth(fields: Mapping[str, object], name: str, where: str) -> bool:
     raise UsageError(f"{where}: {name}={value}: use true or false")
 
 
+def _clean(path: str) -> str:
+    """Return an absolute path in its shortest form; normpath alone keeps two slashes at the start."""
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
 def _is_path(source: str) -> bool:
     return source.startswith(("/", "./", "../")) or source in (".", "..")
 
 
 def _source(source: str, text: str) -> tuple[Kind, str]:
     if _is_path(source):
-        return "bind", os.path.abspath(source)
+        return "bind", _clean(os.path.abspath(source))
     if not VOLUME_NAME.fullmatch(source):
         raise UsageError(
             f"-v {text}: {source!r} is no absolute path and no volume name (letters, digits, '_', '.', '-')"
@@ -183,7 +220,7 @@ def _source(source: str, text: str) -> tuple[Kind, str]:
 def _target(target: str, text: str) -> str:
     if not os.path.isabs(target):
         raise UsageError(f"{text}: the target {target!r} must be an absolute path in the union")
-    target = os.path.normpath("/" + target.lstrip("/"))
+    target = _clean(target)
     if target == "/":
         raise UsageError(f"{text}: the target can't be the root of the union")
     return target

@@ -111,14 +111,14 @@ class Side:
 
     def _mount_kernel(self, options: str) -> None:
         """Mount overlayfs; a mount namespace that somebody made meanwhile may hold the last mount for a moment."""
-        for attempt in range(20):
+        for attempt in range(240):
             try:
                 _run("mount", "-t", "overlay", "-o", options, "overlay", str(self.merged))
                 return
             except MountTrouble as trouble:
-                if "busy" not in str(trouble) or attempt == 19:
+                if "busy" not in str(trouble) or attempt == 239:
                     raise
-                time.sleep(0.5)
+                time.sleep(1)
 
     def unmount(self) -> None:
         """Unmount and wait until upper and work are free again."""

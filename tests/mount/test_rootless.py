@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli import user_namespaces
 from tests.support.mounts import environment
 from tests.support.people import ALICE, REPOSITORY, in_user_namespace, opened_interpreter
 
+NAMESPACES = pytest.mark.skipif(not user_namespaces(), reason="no user namespaces here: a chroot, perhaps")
 DRIVER = [sys.executable, "-m", "tests.support.rootless"]
 
 
@@ -34,6 +36,7 @@ def worse_than(found: dict[str, dict[str, str]], oracle: str) -> list[str]:
     return [f"{name}: {said}" for name, said in found["union"].items() if said and not found[oracle].get(name, "")]
 
 
+@NAMESPACES
 @pytest.mark.fault_seconds(200)
 def test_root_of_a_user_namespace(ground: Path) -> None:
     done = in_user_namespace([*DRIVER, "overlay", "union", str(ground)], cwd=REPOSITORY, env=environment())
@@ -73,6 +76,7 @@ def as_ordinary_user(script: str, ground: Path, timeout: float = 200) -> subproc
     )
 
 
+@NAMESPACES
 @pytest.mark.fault_seconds(200)
 def test_ordinary_user_through_fusermount3(ground: Path) -> None:
     """The table again; what overlayfs can do for the same user in a namespace, ours can do outside of one."""
@@ -87,6 +91,7 @@ def test_ordinary_user_through_fusermount3(ground: Path) -> None:
     assert worse_than(found, "overlay") == []
 
 
+@NAMESPACES
 @pytest.mark.fault_seconds(200)
 def test_ordinary_user_in_a_namespace_of_its_own(ground: Path) -> None:
     driver = " ".join(DRIVER)

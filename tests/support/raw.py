@@ -65,6 +65,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
+def mount(source: str, target: PathArg, kind: str) -> None:
+    """mount(2) without flags or data."""
+    _check(_libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(kind), 0, None), target)
+
+
 def umount2(target: PathArg, flags: int) -> None:
     """umount2(2) with `flags` (MNT_FORCE, MNT_DETACH)."""
     _check(_libc.umount2(os.fsencode(target), flags), target)

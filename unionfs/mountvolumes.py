@@ -1,0 +1,233 @@
+"""The volumes of one mount, from its start to its end.
+
+    prepare      before the union is mounted: volumes are made and marked as used, host paths opened
+    establish    once the mount answers, in a thread (each step is a request to this very daemon): mount points are made
+                 in the union, empty volumes filled, then bound one after the other, outer targets before inner ones
+    take_down    before the union goes: the kernel's binds are undone in reverse
+    close        at the very end: the store learns that the mount is gone
+
+What the kernel may do for this process it does (mode "kernel"); else the daemon serves the path (mode "fuse").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from unionfs import control, sysio
+from unionfs.config import MountConfig
+from unionfs.errors import EnvironmentUnfit, LayerError
+from unionfs.kernelbind import Source, open_target
+from unionfs.mountinfo import mounted_at, place_of, read_mounts
+from unionfs.volumespec import MountVolumes, VolumeSpec
+
+if TYPE_CHECKING:
+    from unionfs.bind import BindPoint
+    from unionfs.volumes import Acquired, Store
+
+log = logging.getLogger(__name__)
+
+Attach = Callable[["BindPoint"], None]
+
+
+@dataclass(slots=True)
+class _Bind:
+    """One volume of this mount on its way to being bound."""
+
+    acquired: Acquired
+    source: Source
+    kernel: bool
+    destination: str = ""  # the real path of the mount point, once it is mounted
+
+    @property
+    def spec(self) -> VolumeSpec:
+        return self.acquired.spec
+
+    def shown(self) -> dict[str, object]:
+        """Return what `inspect` shows, in Docker's words."""
+        volume = self.acquired.volume
+        named = {"Name": volume.name, "Driver": "local"} if volume is not None else {}
+        return {
+            "Type": self.spec.kind,
+            **named,
+            "Source": self.acquired.path,
+            "Destination": self.spec.target,
+            "Mode": "ro" if self.spec.read_only else "",
+            "RW": not self.spec.read_only,
+            "Propagation": self.spec.propagation if self.kernel else "",
+            "BindMode": "kernel" if self.kernel else "fuse",
+            "At": self.destination,
+        }
+
+
+class MountedVolumes:
+    """Owns the volumes of one mount; for a mount without any it does nothing."""
+
+    def __init__(self, config: MountConfig, volumes: MountVolumes) -> None:
+        self._config = config
+        self._volumes = volumes
+        self._store: Store | None = None
+        self._mount_id = 0
+        self._binds: list[_Bind] = []
+
+    @property
+    def needs_fuse(self) -> bool:
+        """Whether the daemon itself serves some volume."""
+        return any(not bind.kernel for bind in self._binds)
+
+    @property
+    def store_root(self) -> str | None:
+        """The store's directory, None where the mount has nothing to do with one."""
+        return self._store.root if self._store is not None else None
+
+    def shown(self) -> list[dict[str, object]]:
+        """Return the volumes as `inspect` shows them."""
+        return [bind.shown() for bind in self._binds]
+
+    # -- before the union is mounted --
+
+    def prepare(self) -> None:
+        """Make the volumes that are missing, mark all as used by this process, and open what is to be bound.
+
+        Raises a UnionError.
+        """
+        volumes = self._volumes
+        if not volumes.specs and volumes.name is None:
+            return
+        from unionfs.volumes import Store
+
+        self._store = Store.open(volumes.root)
+        pid = os.getpid()
+        self._mount_id, acquired = self._store.acquire(
+            name=volumes.name,
+            mountpoint=self._config.mountpoint,
+            specs=volumes.specs,
+            pid=pid,
+            start=control.process_start(pid) or 0,
+            pidns=control.pid_namespace(),
+        )
+        for one in sorted(acquired, key=lambda one: one.spec.target.count("/")):
+            self._binds.append(self._open(one))
+
+    def _open(self, acquired: Acquired) -> _Bind:
+        self._refuse_layers(acquired.path)
+        source = Source(acquired.path)
+        return _Bind(acquired, source, self._clone(source, acquired.spec))
+
+    def _clone(self, source: Source, spec: VolumeSpec) -> bool:
+        if self._volumes.bind_mode == "fuse":
+            return False
+        done = source.clone(read_only=spec.read_only, propagation=spec.propagation, recursive=spec.recursive)
+        if not done and self._volumes.bind_mode == "kernel":
+            raise EnvironmentUnfit("--bind-mode kernel needs root (CAP_SYS_ADMIN): use --bind-mode auto")
+        return done
+
+    def _refuse_layers(self, path: str) -> None:
+        """A volume inside upper or work would change it behind the union's back."""
+        mounts = read_mounts()
+        directory = path if os.path.isdir(path) else os.path.dirname(path)
+        try:
+            place = place_of(directory, mounts)
+        except OSError:
+            return  # whoever opens it says why
+        for what, layer in (("upper", self._config.upper), ("work", self._config.work)):
+            if layer is not None and place.is_within(place_of(layer, mounts)):
+                raise LayerError(f"volume source {path} lies inside {what} {layer}: use a directory outside the layers")
+
+    # -- while it is mounted --
+
+    def establish(self, attach: Attach) -> None:
+        """Bind every volume; `attach` hands one to the daemon's own loop. Runs in a thread, the mount must answer.
+
+        Raises a UnionError; what was bound until then is taken down by the caller.
+        """
+        if not self._binds:
+            return
+        root_fd = os.open(self._config.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for bind in self._binds:
+                self._establish(root_fd, bind, attach)
+        finally:
+            os.close(root_fd)
+
+    def _establish(self, root_fd: int, bind: _Bind, attach: Attach) -> None:
+        spec = bind.spec
+        if bind.acquired.fill:
+            self._fill(root_fd, bind)
+        may_make = self._config.upper is not None and not self._config.read_only
+        target_fd = open_target(root_fd, spec.target, is_dir=bind.source.is_dir, make=may_make or self._nested(spec))
+        try:
+            bind.destination = os.readlink(f"/proc/self/fd/{target_fd}")
+            if bind.kernel:
+                sysio.move_mount(bind.source.tree, target_fd)
+                sysio.set_mount(
+                    bind.source.tree,
+                    read_only=spec.read_only,
+                    propagation=spec.propagation.removeprefix("r"),
+                    recursive=spec.recursive,
+                )
+        except OSError as error:
+            raise EnvironmentUnfit(f"can't bind {bind.acquired.path} on {spec.target}: {error.strerror}") from None
+        finally:
+            os.close(target_fd)
+        if not bind.kernel:
+            from unionfs.bind import BindPoint
+
+            attach(BindPoint(self._components(bind.destination), bind.source.take_fd(), spec.read_only))
+        bind.source.close()
+
+    def _nested(self, spec: VolumeSpec) -> bool:
+        """Whether the target lies in another volume, which is a place of its own to make things in."""
+        return any(spec.target.startswith(other.spec.target + "/") for other in self._binds)
+
+    def _components(self, destination: str) -> tuple[bytes, ...]:
+        inside = os.path.relpath(destination, self._config.mountpoint)
+        return tuple(os.fsencode(inside).split(b"/"))
+
+    def _fill(self, root_fd: int, bind: _Bind) -> None:
+        """Give an empty volume what the union has at its target, then open it anew."""
+        from unionfs.copytree import copy_tree
+
+        assert self._store is not None
+        volume = bind.acquired.volume
+        assert volume is not None
+        try:
+            content = sysio.open_in_root(root_fd, os.fsencode(bind.spec.target), os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            copy_tree(content, self._store.begin_fill(volume))
+            self._store.end_fill(volume)
+        except OSError as error:
+            raise LayerError(
+                f"volume {volume.name} can't be filled from {bind.spec.target}: {error.strerror}: {error.filename}"
+            ) from None
+        finally:
+            os.close(content)
+        bind.source.close()
+        bind.source = Source(bind.acquired.path)
+        bind.kernel = self._clone(bind.source, bind.spec) if bind.kernel else False
+
+    # -- before it goes --
+
+    def take_down(self) -> None:
+        """Undo the kernel's binds, the last first; one that is in use is detached. Runs in a thread."""
+        mounts = read_mounts()
+        for bind in reversed(self._binds):
+            if bind.kernel and bind.destination and mounted_at(bind.destination, mounts) is not None:
+                with contextlib.suppress(OSError):
+                    sysio.unmount(os.fsencode(bind.destination), detach=True)
+
+    def close(self) -> None:
+        """Let go of all that is still open, and tell the store that the mount is gone."""
+        for bind in self._binds:
+            bind.source.close()
+        if self._store is not None:
+            if self._mount_id:
+                self._store.release(self._mount_id)
+            self._store.close()
+            self._store = None
