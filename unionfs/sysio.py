@@ -427,6 +427,10 @@ def _copy_range(source: int, target: int, offset: int, count: int) -> int:
 
 _CAP_VERSION_3: Final = 0x20080522
 _Capabilities = ctypes.c_uint32 * 6
+_NO_ID: Final = 0xFFFFFFFF
+_setfsuid, _setfsgid = _libc.setfsuid, _libc.setfsgid
+_setfsuid.argtypes = _setfsgid.argtypes = (ctypes.c_uint32,)
+_setfsuid.restype = _setfsgid.restype = ctypes.c_uint32
 
 
 @contextlib.contextmanager
@@ -440,18 +444,18 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
     powers = _Capabilities()
     if _libc.capget(header, ctypes.byref(powers)) != 0:
         raise _fail()
-    user, group = _libc.setfsuid(-1), _libc.setfsgid(-1)
+    user, group = _setfsuid(_NO_ID), _setfsgid(_NO_ID)
     try:
-        _libc.setfsgid(ctypes.c_uint32(gid))
-        _libc.setfsuid(ctypes.c_uint32(uid))
-        # They report no error; -1 is no identity, so asking for it only returns the present one.
-        if _libc.setfsuid(-1) != uid or _libc.setfsgid(-1) != gid:
+        _setfsgid(gid)
+        _setfsuid(uid)
+        # They report no error; asked for what is no identity, they only return the present one.
+        if _setfsuid(_NO_ID) != uid or _setfsgid(_NO_ID) != gid:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         # Another user than root loses the capabilities that concern files; the path to the new name may need them.
         if _libc.capset(header, ctypes.byref(powers)) != 0:
             raise _fail()
         yield
     finally:
-        _libc.setfsuid(user)
-        _libc.setfsgid(group)
+        _setfsuid(user)
+        _setfsgid(group)
         _libc.capset(header, ctypes.byref(powers))

@@ -305,7 +305,7 @@ class Union:
     def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
         """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
         st = self.tree.stat(node)
-        if st.st_mode & stat.S_ISGID and not _in_group(who, st.st_gid):
+        if st.st_mode & stat.S_ISGID and not in_group(who, st.st_gid):
             self._chmod(node, st.st_mode & ~stat.S_ISGID)
 
     def removexattr(self, node: Node, name: str) -> None:
@@ -324,13 +324,13 @@ def clear_suidgid(fd: int, who: Caller | None) -> None:
     """
     st = os.fstat(fd)
     drop = st.st_mode & stat.S_ISUID
-    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not _in_group(who, st.st_gid))):
+    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not in_group(who, st.st_gid))):
         drop |= stat.S_ISGID
     if drop:
         os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
 
 
-def _in_group(who: Caller, gid: int) -> bool:
+def in_group(who: Caller, gid: int) -> bool:
     if who.gid == gid:
         return True
     try:
