@@ -104,6 +104,7 @@ static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
 static bool ask_passthrough; /* before INIT: whether to ask for it */
 static bool cache_directories; /* whether the kernel may keep listings until it changes the directory itself */
+static bool auto_invalidate; /* before INIT: files change behind the mount, the kernel must look at mtime and size */
 static bool passthrough; /* after INIT: whether the kernel has it */
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
 
@@ -332,16 +333,22 @@ static void serve_read(fuse_req_t req, fuse_ino_t ino UNUSED, size_t size, off_t
 		submit(&(struct job){.run = run_read, .req = req, .fd = (int)fi->fh, .off = off, .size = size});
 }
 
+/*
+ * An appending writer's offset is the end of the file as the kernel knows it, but others may append behind the mount:
+ * the host finds the end. Pages of a shared mapping have their offset, whatever handle they are written through.
+ */
 static void serve_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
 			struct fuse_file_info *fi)
 {
+	int flags = fi->flags & O_APPEND && !fi->writepage ? RWF_APPEND : 0;
 	size_t done = 0;
 
 	counters[WRITE]++;
 	if (request.kill_suidgid)
 		remove_suidgid(req, ino, (int)fi->fh);
 	while (done < size) {
-		ssize_t n = pwrite((int)fi->fh, buf + done, size - done, off + (off_t)done);
+		struct iovec iov = {.iov_base = (char *)buf + done, .iov_len = size - done};
+		ssize_t n = pwritev2((int)fi->fh, &iov, 1, off + (off_t)done, flags);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -778,8 +785,8 @@ static void wrap_init(void *userdata, struct fuse_conn_info *conn)
 	want(conn, FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
 	want(conn, FUSE_CAP_DONT_MASK); /* default ACLs override the umask, so ops applies it */
 	want(conn, FUSE_CAP_CACHE_SYMLINKS);
-	want(conn, FUSE_CAP_EXPLICIT_INVAL_DATA);
 	conn->want &= ~(unsigned)(FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_WRITEBACK_CACHE);
+	want(conn, auto_invalidate ? FUSE_CAP_AUTO_INVAL_DATA : FUSE_CAP_EXPLICIT_INVAL_DATA);
 	conn->want &= ~(unsigned)FUSE_CAP_HANDLE_KILLPRIV; /* version 2 instead, see process_init */
 	conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ; /* costs a second system call for every small request */
 	conn->max_write = 1 << 20;
@@ -1298,6 +1305,12 @@ static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED
 	Py_RETURN_NONE;
 }
 
+static PyObject *py_auto_invalidate(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	auto_invalidate = true;
+	Py_RETURN_NONE;
+}
+
 static PyObject *py_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	return PyBool_FromLong(passthrough);
@@ -1369,6 +1382,7 @@ static PyMethodDef methods[] = {
 	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
 	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
+	{"auto_invalidate", py_auto_invalidate, METH_NOARGS, "Ask the kernel to look at mtime and size when mounting."},
 	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
 	{"backing_open", py_backing_open, METH_O, "Register a descriptor's file for passthrough; its backing id."},
 	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},

@@ -12,7 +12,8 @@ What the layer does by itself once `active` is True:
   the layer's own.
 - Lookups and listings of one directory come in parallel (FUSE_PARALLEL_DIROPS).
 - The kernel does not apply the umask (`FUSE_DONT_MASK`): the operations must, unless a default ACL overrides it.
-- Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`.
+- Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`; see `auto_invalidate`.
+- What is written through a handle that has O_APPEND goes to the end that the host's file has.
 - An entry's `generation`, when not 0, is the `st_ino` to show; `st_ino` is then only the node id.
 
 Who clears suid and sgid (the kernel's file_remove_privs, left to the server by FUSE_HANDLE_KILLPRIV_V2):
@@ -191,6 +192,16 @@ def cache_directories(on: bool) -> None:
     """
     if _module is not None:
         _module.cache_directories(on)
+
+
+def auto_invalidate() -> None:
+    """Have the kernel drop a file's cached data when it learns of another size or mtime than it knew.
+
+    Needed where files change behind the mount. Whoever reads a file whose attributes have timed out then asks for them
+    first; a file's own writes count as a change, too. Call it before the kernel's INIT is answered.
+    """
+    if _module is not None:
+        _module.auto_invalidate()
 
 
 def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:

@@ -38,14 +38,15 @@ _DT_SHIFT = 12
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Handler = Callable[Concatenate["UnionOperations", P], Coroutine[Any, Any, R]]
+S = TypeVar("S", bound="UnionOperations")
+Handler = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
-def handler(fn: Handler[P, R]) -> Handler[P, R]:
+def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
     """Translate errors at the one place: an OSError is its errno, anything else is logged and EIO."""
 
     @functools.wraps(fn)
-    async def wrapper(self: UnionOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await fn(self, *args, **kwargs)
         except OSError as exc:

@@ -260,7 +260,7 @@ class Union:
         return self.tree.stat(node)
 
     def _check_clearing(self, node: Node, who: Caller) -> None:
-        """Refuse chown(path, -1, -1) that would take set-user-id or set-group-id from another's file (``may_setattr``)."""
+        """Refuse chown(path, -1, -1) that takes set-user-id or set-group-id of another's file (``may_setattr``)."""
         st = self.tree.stat(node)
         if stat.S_ISREG(st.st_mode) and who.uid not in (0, st.st_uid) and _suidgid_to_clear(st, who):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -322,7 +322,7 @@ class Union:
     def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
         """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
         st = self.tree.stat(node)
-        if st.st_mode & stat.S_ISGID and not _in_group(who, st.st_gid):
+        if st.st_mode & stat.S_ISGID and not in_group(who, st.st_gid):
             self._chmod(node, st.st_mode & ~stat.S_ISGID)
 
     def removexattr(self, node: Node, name: str) -> None:
@@ -347,12 +347,12 @@ def clear_suidgid(fd: int, who: Caller | None) -> None:
 
 def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
     drop = st.st_mode & stat.S_ISUID
-    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not _in_group(who, st.st_gid))):
+    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not in_group(who, st.st_gid))):
         drop |= stat.S_ISGID
     return drop
 
 
-def _in_group(who: Caller, gid: int) -> bool:
+def in_group(who: Caller, gid: int) -> bool:
     if who.gid == gid:
         return True
     try:

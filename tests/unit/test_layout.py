@@ -15,32 +15,20 @@ PACKAGE = Path(unionfs.__file__).parent
 # Bottom to top. `_native` is the C extension, which imports nothing.
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
-    *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union"),
-    *(
-        "native",
-        "dispatch",
-        "ops",
-        "mountinfo",
-        "control",
-        "preflight",
-        "kernelbind",
-        "mountvolumes",
-        "daemon",
-        "unmount",
-        "inspection",
-        "mountfile",
-        "doctor",
-    ),
+    *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
+    *("native", "dispatch", "ops", "bind_ops", "mountinfo", "control", "preflight"),
+    *("kernelbind", "copytree", "archive", "volumes", "mountvolumes"),
+    *("daemon", "unmount", "inspection", "mountfile", "doctor"),
     *("cli", "__main__"),
 ]
 
-CORE = ORDER[1 : ORDER.index("union") + 1]
+CORE = ORDER[1 : ORDER.index("bind") + 1]
 
 # Which modules may import a library; all others may not.
 ALLOWED = {
     "ctypes": {"sysio"},
-    "pyfuse3": {"dispatch", "ops", "daemon", "doctor"},
-    "trio": {"dispatch", "ops", "daemon"},
+    "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
+    "trio": {"dispatch", "ops", "bind_ops", "daemon"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
