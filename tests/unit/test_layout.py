@@ -17,6 +17,7 @@ ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union"),
     *("native", "dispatch", "ops", "mountinfo", "control", "preflight", "daemon", "unmount", "doctor"),
+    *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("cli", "__main__"),
 ]
 
