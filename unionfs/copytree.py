@@ -147,7 +147,8 @@ class _Copy:
         if stat.S_ISREG(st.st_mode):
             self._regular(fd, st, name, wanted)
             return
-        make_special(self.target.fd, name, st, os.readlink(b"", dir_fd=fd) if stat.S_ISLNK(st.st_mode) else b"")
+        link = os.readlink(b"", dir_fd=fd) if stat.S_ISLNK(st.st_mode) else b""
+        make_special(self.target.fd, name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, link)
         made = os.open(name, sysio.O_PATH_NOFOLLOW, dir_fd=self.target.fd)
         try:
             attributes.apply(made, wanted, root=self._root)
@@ -204,18 +205,18 @@ class _Copy:
         return count
 
 
-def make_special(dirfd: int, name: bytes, st: os.stat_result, link: bytes) -> None:
-    """Make the symbolic link, fifo, socket or device that *st* describes; *link* is a symbolic link's target.
+def make_special(dirfd: int, name: bytes, mode: int, device: int, link: bytes) -> None:
+    """Make a symbolic link to *link*, a fifo, a socket or a device, as the format in *mode* says.
 
     Raises OSError; for a device without privilege its text says what is missing.
     """
-    if stat.S_ISLNK(st.st_mode):
+    if stat.S_ISLNK(mode):
         os.symlink(link, name, dir_fd=dirfd)
         return
     try:
-        os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dirfd)
+        os.mknod(name, mode, device, dir_fd=dirfd)
     except PermissionError as exc:
-        if stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode):
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
             raise OSError(errno.EPERM, "a device node can be made by root only") from exc
         raise
 

@@ -72,17 +72,19 @@ class DirStack:
             self._levels[far].fd = -1
 
     def up(self) -> None:
-        """Leave the directory one is in. ESTALE where it was moved to another parent meanwhile."""
-        here, above = self._levels[-1], self._levels[-2]
-        if above.fd < 0:
-            fd = os.open(b"..", self._flags, dir_fd=here.fd)
-            st = os.fstat(fd)
-            if (st.st_dev, st.st_ino) != (above.dev, above.ino):
-                os.close(fd)
-                raise OSError(errno.ESTALE, "moved by somebody else meanwhile", self.path())
-            above.fd = fd
-        os.close(here.fd)
-        self._levels.pop()
+        """Leave the directory one is in. ESTALE where one above it was moved to another parent meanwhile."""
+        os.close(self._levels.pop().fd)
+        # The next way up is opened now, while this directory can surely still be searched.
+        if len(self._levels) > 1 and self._levels[-2].fd < 0:
+            self._reopen(self._levels[-2])
+
+    def _reopen(self, above: _Level) -> None:
+        fd = os.open(b"..", self._flags, dir_fd=self.fd)
+        st = os.fstat(fd)
+        if (st.st_dev, st.st_ino) != (above.dev, above.ino):
+            os.close(fd)
+            raise OSError(errno.ESTALE, "moved by somebody else meanwhile", self.path())
+        above.fd = fd
 
     def go(self, parts: list[bytes]) -> None:
         """Go to the directory with these names from the root, by the shortest way; all must exist."""
