@@ -48,6 +48,7 @@ __all__ = [
     "rename",
     "set_inode_flags",
     "set_mount",
+    "sync_file_system",
     "unmount",
     "utimens_at",
     "utimens_fd",
@@ -417,6 +418,17 @@ def getdents(fd: int) -> list[tuple[bytes, int, int]]:
 
 
 # -- data --
+
+_syncfs = _libc.syncfs
+_syncfs.argtypes = (ctypes.c_int,)
+_syncfs.restype = ctypes.c_int
+
+
+def sync_file_system(fd: int) -> None:
+    """Write all of the file system of *fd* to disk, as ``syncfs(2)``; *fd* is no ``O_PATH`` descriptor."""
+    if _syncfs(fd) != 0:
+        raise _fail()
+
 
 _FICLONE: Final = 0x40049409
 _COPY_CHUNK: Final = 1 << 20

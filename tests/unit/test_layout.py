@@ -16,9 +16,9 @@ PACKAGE = Path(unionfs.__file__).parent
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
-    *("native", "dispatch", "ops", "bind_ops", "mountinfo", "control", "preflight"),
-    *("kernelbind", "copytree", "archive", "volumes", "mountvolumes"),
-    *("daemon", "unmount", "inspection", "mountfile", "doctor"),
+    *("native", "dispatch", "ops", "bind_ops", "mountinfo", "control", "preflight", "kernelbind"),
+    *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
+    *("volumedirs", "volumes", "mountvolumes", "daemon", "unmount", "inspection", "mountfile", "doctor"),
     *("cli", "__main__"),
 ]
 
