@@ -16,8 +16,10 @@ PACKAGE = Path(unionfs.__file__).parent
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union"),
-    *("native", "dispatch", "ops", "mountinfo", "control", "preflight", "daemon", "unmount", "doctor"),
-    *("cli", "__main__"),
+    *("native", "dispatch", "ops", "mountinfo", "control"),
+    *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
+    *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "preflight", "daemon", "unmount", "doctor"),
+    *("volume_cli", "cli", "__main__"),
 ]
 
 CORE = ORDER[1 : ORDER.index("union") + 1]
@@ -27,8 +29,9 @@ ALLOWED = {
     "ctypes": {"sysio"},
     "pyfuse3": {"dispatch", "ops", "daemon", "doctor"},
     "trio": {"dispatch", "ops", "daemon"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "sqlite3": {"volumedb"},
+    "typer": {"cli", "volume_cli"},
+    "rich": {"cli", "volume_cli"},
 }
 
 
