@@ -18,8 +18,8 @@ ORDER = [
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
     *("native", "dispatch", "ops", "bind_ops", "mountinfo", "control", "preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
-    *("volumedirs", "volumes", "mountvolumes", "daemon", "unmount", "inspection", "mountfile", "doctor"),
-    *("cli", "__main__"),
+    *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
+    *("daemon", "unmount", "inspection", "mountfile", "doctor", "volume_cli", "cli", "__main__"),
 ]
 
 CORE = ORDER[1 : ORDER.index("bind") + 1]
@@ -29,8 +29,9 @@ ALLOWED = {
     "ctypes": {"sysio"},
     "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
     "trio": {"dispatch", "ops", "bind_ops", "daemon"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "sqlite3": {"volumedb"},
+    "typer": {"cli", "volume_cli"},
+    "rich": {"cli", "volume_cli"},
 }
 
 
