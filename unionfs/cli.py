@@ -6,7 +6,6 @@ starts fast.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -253,9 +252,9 @@ def _volumes(
     if others:
         from unionfs.volumes import Store
 
-        with contextlib.closing(Store.open(store)) as opened:
-            for word in others:
-                merged = merge_volumes(merged, opened.volumes_from(word))
+        opened = Store.open(store)
+        for word in others:
+            merged = merge_volumes(merged, opened.volumes_from(word))
     return MountVolumes(parse_name(name) if name is not None else None, merged, cast(BindMode, bind_mode), store)
 
 

@@ -52,7 +52,7 @@ def _running(entry: Entry) -> dict[str, Any]:
         "Upper": record.upper,
         "Work": record.work,
         "Options": record.options,
-        "Mounts": [{key: value for key, value in volume.items() if key != "At"} for volume in record.volumes],
+        "Mounts": [{key: value for key, value in volume.items() if key != "MountId"} for volume in record.volumes],
         "Store": record.store,
         "LogPath": record.log,
         "Version": record.version,
@@ -66,10 +66,10 @@ def _moment(seconds: float) -> str:
 def _remembered(word: str, path: str, store: str | None) -> MountRow | None:
     from unionfs.volumes import Store
 
-    with contextlib.closing(Store.open(store)) as opened:
-        for name in (word, path):
-            with contextlib.suppress(VolumeError):
-                return opened.find_mount(name)
+    opened = Store.open(store)
+    for name in (word, path):
+        with contextlib.suppress(VolumeError):
+            return opened.find_mount(name)
     return None
 
 

@@ -12,7 +12,6 @@ be busy brings the others back.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -104,25 +103,44 @@ def open_target(root_fd: int, target: str, *, is_dir: bool, make: bool) -> int:
     return fd
 
 
-def _open_or_make(root_fd: int, path: bytes, *, is_dir: bool, make: bool) -> int:
+def _open_or_make(root_fd: int, path: bytes, *, is_dir: bool, make: bool, links: int = 0) -> int:
+    """Open a path in the union and make what is missing of it; symbolic links lead on inside, to missing things too."""
     try:
         return sysio.open_in_root(root_fd, path, os.O_PATH)
     except FileNotFoundError:
         if not make or path == b"/":
             raise
     above, name = os.path.split(path)
-    parent = _open_or_make(root_fd, above, is_dir=True, make=True)
+    if name == b"..":
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    parent = _open_or_make(root_fd, above, is_dir=True, make=True, links=links)
     try:
-        with contextlib.suppress(FileExistsError):  # somebody was faster, or a symbolic link that leads nowhere
+        try:
             if is_dir:
                 os.mkdir(name, DIR_MODE, dir_fd=parent)
             else:
                 os.mknod(name, stat.S_IFREG | FILE_MODE, dir_fd=parent)
-        return os.open(
-            name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_DIRECTORY if is_dir else 0), dir_fd=parent
-        )
+        except FileExistsError:
+            link = _link_at(parent, name)
+            if link:
+                if links == _MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from None
+                return _open_or_make(root_fd, os.path.join(above, link), is_dir=is_dir, make=True, links=links + 1)
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)
+
+
+# As in the kernel's own path walk (MAXSYMLINKS).
+_MAX_LINKS = 40
+
+
+def _link_at(dirfd: int, name: bytes) -> bytes:
+    """Return the target of a symbolic link, empty for anything else."""
+    try:
+        return os.readlink(name, dir_fd=dirfd)
+    except OSError:
+        return b""
 
 
 def mounts_below(top: Mount, mounts: Iterable[Mount]) -> list[Mount]:

@@ -76,10 +76,15 @@ def place_of(path: str, mounts: list[Mount]) -> Place:
         os.close(fd)
 
 
-def _place_of_fd(fd: int, mounts: list[Mount]) -> Place:
+def mount_id_of(fd: int) -> int:
+    """Return the number of the mount that a descriptor lies on."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file if ":" in line)
-    mount_id = int(fields["mnt_id"])
+    return int(fields["mnt_id"])
+
+
+def _place_of_fd(fd: int, mounts: list[Mount]) -> Place:
+    mount_id = mount_id_of(fd)
     real = os.readlink(f"/proc/self/fd/{fd}")
     for mount in mounts:
         if mount.mount_id == mount_id:

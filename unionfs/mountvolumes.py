@@ -22,7 +22,7 @@ from unionfs import control, sysio
 from unionfs.config import MountConfig
 from unionfs.errors import EnvironmentUnfit, LayerError
 from unionfs.kernelbind import Source, open_target
-from unionfs.mountinfo import mounted_at, place_of, read_mounts
+from unionfs.mountinfo import mount_id_of, place_of, read_mounts
 from unionfs.volumespec import MountVolumes, VolumeSpec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Bind:
     acquired: Acquired
     source: Source
     kernel: bool
-    destination: str = ""  # the real path of the mount point, once it is mounted
+    mount_id: int | None = None  # of the kernel's bind; its place may change, as parents are renamed
 
     @property
     def spec(self) -> VolumeSpec:
@@ -60,7 +60,7 @@ class _Bind:
             "RW": not self.spec.read_only,
             "Propagation": self.spec.propagation if self.kernel else "",
             "BindMode": "kernel" if self.kernel else "fuse",
-            "At": self.destination,
+            "MountId": self.mount_id,
         }
 
 
@@ -161,7 +161,7 @@ class MountedVolumes:
         may_make = self._config.upper is not None and not self._config.read_only
         target_fd = open_target(root_fd, spec.target, is_dir=bind.source.is_dir, make=may_make or self._nested(spec))
         try:
-            bind.destination = os.readlink(f"/proc/self/fd/{target_fd}")
+            destination = os.readlink(f"/proc/self/fd/{target_fd}")
             if bind.kernel:
                 sysio.move_mount(bind.source.tree, target_fd)
                 sysio.set_mount(
@@ -170,6 +170,7 @@ class MountedVolumes:
                     propagation=spec.propagation.removeprefix("r"),
                     recursive=spec.recursive,
                 )
+                bind.mount_id = mount_id_of(bind.source.tree)
         except OSError as error:
             raise EnvironmentUnfit(f"can't bind {bind.acquired.path} on {spec.target}: {error.strerror}") from None
         finally:
@@ -177,7 +178,7 @@ class MountedVolumes:
         if not bind.kernel:
             from unionfs.bind import BindPoint
 
-            attach(BindPoint(self._components(bind.destination), bind.source.take_fd(), spec.read_only))
+            attach(BindPoint(self._components(destination), bind.source.take_fd(), spec.read_only))
         bind.source.close()
 
     def _nested(self, spec: VolumeSpec) -> bool:
@@ -200,14 +201,17 @@ class MountedVolumes:
         except (FileNotFoundError, NotADirectoryError):
             return
         try:
-            copy_tree(content, self._store.begin_fill(volume))
-            self._store.end_fill(volume)
+            stage = self._store.begin_fill(volume)
+            if stage is not None:  # else another mount was faster
+                copy_tree(content, stage)
+                self._store.end_fill(volume)
         except OSError as error:
             raise LayerError(
                 f"volume {volume.name} can't be filled from {bind.spec.target}: {error.strerror}: {error.filename}"
             ) from None
         finally:
             os.close(content)
+            self._store.abort_fill(volume)
         bind.source.close()
         bind.source = Source(bind.acquired.path)
         bind.kernel = self._clone(bind.source, bind.spec) if bind.kernel else False
@@ -216,11 +220,11 @@ class MountedVolumes:
 
     def take_down(self) -> None:
         """Undo the kernel's binds, the last first; one that is in use is detached. Runs in a thread."""
-        mounts = read_mounts()
+        places = {mount.mount_id: mount.mountpoint for mount in read_mounts()}
         for bind in reversed(self._binds):
-            if bind.kernel and bind.destination and mounted_at(bind.destination, mounts) is not None:
+            if bind.mount_id in places:
                 with contextlib.suppress(OSError):
-                    sysio.unmount(os.fsencode(bind.destination), detach=True)
+                    sysio.unmount(os.fsencode(places[bind.mount_id]), detach=True)
 
     def close(self) -> None:
         """Let go of all that is still open, and tell the store that the mount is gone."""
@@ -229,5 +233,4 @@ class MountedVolumes:
         if self._store is not None:
             if self._mount_id:
                 self._store.release(self._mount_id)
-            self._store.close()
             self._store = None

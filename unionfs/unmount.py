@@ -72,8 +72,8 @@ def unmount(
         return _unmount(path, lazy=lazy)
     from unionfs.volumes import Store
 
-    with contextlib.closing(Store.open(store or _store_of(path))) as opened:
-        return _unmount_and_forget(opened, word, path, lazy=lazy, anonymous=anonymous)
+    opened = Store.open(store or _store_of(path))
+    return _unmount_and_forget(opened, word, path, lazy=lazy, anonymous=anonymous)
 
 
 def _find(word: str) -> str:
@@ -194,8 +194,7 @@ def _volume_mounts(mount: Mount, record: Record | None) -> list[Mount]:
     below = mounts_below(mount, read_mounts())
     if record is None or not below:
         return []
-    places = {str(volume["At"]) for volume in record.volumes}
-    ours = {other.mount_id for other in below if other.mountpoint in places}
+    ours = {volume.get("MountId") for volume in record.volumes}
     for other in below:
         if other.parent_id in ours:
             ours.add(other.mount_id)
