@@ -1,6 +1,6 @@
 """`unionfs volume ...`: what the arguments mean and what is printed, word for word as Docker's.
 
-The work is done by the modules below; `ctx.obj["root"]` of the root command says which store is meant.
+The work is done by the modules below; the root command's `ctx.obj` is what `--root` says.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def _epilog(*examples: str) -> str:
 def _store(ctx: typer.Context) -> Store:
     from unionfs.volumes import Store
 
-    settings = ctx.find_root().obj or {}
-    return Store.open(settings.get("root"))
+    return Store.open(ctx.find_root().obj)
 
 
 def _each(names: Sequence[str], do: Callable[[str], None]) -> None:
