@@ -18,6 +18,7 @@ import typer
 import unionfs
 from unionfs.config import LogLevel, parse_mount
 from unionfs.errors import EXIT_CODES, UnionError, UsageError
+from unionfs.volume_cli import volume_app
 from unionfs.volumespec import BindMode, MountVolumes, VolumeSpec
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(volume_app, name="volume")
 
 
 def _epilog(*blocks: tuple[str, Sequence[str]]) -> str:

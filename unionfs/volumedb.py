@@ -117,7 +117,7 @@ class Tables:
 
     def in_state(self, *states: str) -> list[Row]:
         """Return the volumes in these states, by name."""
-        return [row for row in self._rows("1") if row.state in states]
+        return self._rows(f"state IN ({', '.join('?' * len(states))})", *states)
 
     def all(self) -> list[Row]:
         """Return all volumes that are made, by name."""
@@ -125,6 +125,8 @@ class Tables:
 
     def get(self, key: str | int) -> Row | None:
         """Return a volume by its name or number, also one that is being made."""
+        if isinstance(key, str) and not VOLUME_NAME.fullmatch(key):
+            return None
         found = self._rows("name = ?" if isinstance(key, str) else "id = ?", key)
         return found[0] if found else None
 
@@ -133,7 +135,7 @@ class Tables:
 
         Raises VolumeError; BusyError while it is being made.
         """
-        row = self.get(name) if VOLUME_NAME.fullmatch(name) else None
+        row = self.get(name)
         if row is None:
             raise VolumeError(f"no such volume: {name}")
         if row.state == MAKING:

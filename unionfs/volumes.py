@@ -188,6 +188,11 @@ class Store:
         with self._locked() as db:
             return db.find(name).volume
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a volume of that name."""
+        with self._locked() as db:
+            return db.get(name) is not None
+
     def create(
         self,
         name: str | None = None,
@@ -259,7 +264,7 @@ class Store:
         db.set_state(volume, REMOVING, trash)
         try:
             os.rename(self.directory(volume.name), self.directory(trash))
-        except BaseException:
+        except OSError:
             volumedirs.unlock(held)
             db.set_state(volume, READY)
             raise
@@ -340,23 +345,32 @@ class Store:
     # --- content as a whole ---
 
     def clone(self, source: str, name: str, copy: Callable[[str, str], None]) -> Volume:
-        """Make volume `name` with the content of `source`, labels too; it appears when it is complete.
+        """Make volume `name` with the content and the labels of `source`; it appears when it is complete.
 
         `copy` is given the directory to read and an empty one. Raises UsageError, VolumeError or BusyError.
         """
+        with self.reading([source]) as (origin,), self.making(name, origin.labels) as directory:
+            copy(origin.path, directory)
+        return self.find(name)
+
+    @contextlib.contextmanager
+    def making(self, name: str, labels: Mapping[str, str] | None = None) -> Iterator[str]:
+        """Make a volume whose content the caller builds in the directory that this yields; a failure leaves none.
+
+        Raises UsageError, VolumeError where the name is taken.
+        """
         check_name(name)
-        with self.reading([source]) as (origin,):
+        with self._locked() as db:
+            self._refuse_taken(db, name)
+            stage, held = volumedirs.new_stage(self._volumes)
+            db.insert(name, labels or {}, {}, anonymous=False, state=MAKING, detail=stage)
+        try:
+            yield os.path.join(self.directory(stage), DATA)
             with self._locked() as db:
-                self._refuse_taken(db, name)
-                stage, held = volumedirs.new_stage(self._volumes)
-                db.insert(name, origin.labels, {}, anonymous=False, state=MAKING, detail=stage)
-            try:
-                copy(origin.path, os.path.join(self.directory(stage), DATA))
-                with self._locked() as db:
-                    return self._publish(db, name, stage)
-            finally:
-                volumedirs.unlock(held)
-                self.clean()
+                self._publish(db, name, stage)
+        finally:
+            volumedirs.unlock(held)
+            self.clean()
 
     @contextlib.contextmanager
     def reading(self, names: Sequence[str]) -> Iterator[list[Volume]]:
@@ -380,22 +394,29 @@ class Store:
     def replacing(self, names: Sequence[str], *, force: bool) -> Iterator[list[str]]:
         """Replace the content of volumes by what the caller builds in the directories that this yields.
 
-        Each is published when all are built: `_data` changes places with the new one in one rename. A device's
-        entries are moved, one by one, and a kill in the middle is made good by the next command. If the caller
-        fails, all stay as they were. Raises VolumeError, without `force` for one that isn't empty; BusyError.
+        All are built before the first is published; if the caller fails, all stay as they were. One that doesn't
+        exist is made. Raises VolumeError, without `force` for one that isn't empty; BusyError.
         """
-        started: list[Replacing] = []
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(self._replacing_one(name, force=force)) for name in names]
+
+    def _replacing_one(self, name: str, *, force: bool) -> contextlib.AbstractContextManager[str]:
+        return self._replacing_there(name, force=force) if self.exists(name) else self.making(name)
+
+    @contextlib.contextmanager
+    def _replacing_there(self, name: str, *, force: bool) -> Iterator[str]:
+        """`_data` changes places with the new directory in one rename.
+
+        A device's entries are moved, one by one; a kill in the middle is made good by the next command.
+        """
+        with self._locked() as db:
+            work = self._begin_replacing(db, name, force=force)
         try:
-            for name in names:
-                with self._locked() as db:
-                    started.append(self._begin_replacing(db, name, force=force))
-            yield [work.path for work in started]
-            for work in started:
-                with self._locked() as db:
-                    work.publish_restored(db)
+            yield work.path
+            with self._locked() as db:
+                work.publish_restored(db)
         finally:
-            for work in started:
-                self._end_replacing(work)
+            self._end_replacing(work)
             self.clean()
 
     def _begin_replacing(self, db: Tables, name: str, *, force: bool) -> Replacing:
