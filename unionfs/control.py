@@ -189,12 +189,27 @@ def write(record: Record) -> str | None:
     if directory is None:
         return None
     path = record_path(directory)
+    _store(path, record)
+    return path
+
+
+def _store(path: str, record: Record) -> None:
     draft = path + ".new"
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "w", encoding="ascii") as file:
         json.dump(dataclasses.asdict(record), file, indent=1)
     os.rename(draft, path)
-    return path
+
+
+def note_mounts(entry: Entry, numbers: dict[int, int]) -> None:
+    """Note that the kernel's binds of an entry's volumes have got other mount numbers: old → new."""
+    if not numbers or entry.record is None or entry.path is None:
+        return
+    for volume in entry.record.volumes:
+        known = volume.get("MountId")
+        if isinstance(known, int):
+            volume["MountId"] = numbers.get(known, known)
+    _store(entry.path, entry.record)
 
 
 def remove(path: str | None) -> None:

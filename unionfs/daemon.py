@@ -172,7 +172,9 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     operations = _operations(config, union, life)
     with _stderr_captured() as said:
         try:
-            pyfuse3.init(operations, config.mountpoint, libfuse_options(config))
+            # The kernel's own `ro` would cover the volumes that the daemon serves, too; the union refuses by itself.
+            options = libfuse_options(config) - ({"ro"} if life.volumes.needs_fuse else set())
+            pyfuse3.init(operations, config.mountpoint, options)
         except RuntimeError as error:
             raise MountFailed(f"can't mount on {config.mountpoint}: {said() or error}") from None
     try:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from unionfs import sysio
 from unionfs.errors import EnvironmentUnfit, LayerError
-from unionfs.mountinfo import Mount
+from unionfs.mountinfo import Mount, mount_id_of
 
 DIR_MODE = 0o755
 FILE_MODE = 0o644
@@ -158,7 +158,7 @@ class Undoing:
     """Unmounts binds one after the other, and can put them all back."""
 
     def __init__(self) -> None:
-        self._gone: list[tuple[str, int]] = []
+        self._gone: list[tuple[Mount, int]] = []
 
     def unmount(self, mount: Mount, *, detach: bool) -> None:
         """Unmount one bind with all that is mounted in it already gone.
@@ -180,17 +180,23 @@ class Undoing:
                 os.close(clone)
             raise
         if clone >= 0:
-            self._gone.append((mount.mountpoint, clone))
+            self._gone.append((mount, clone))
 
-    def put_back(self) -> None:
-        """Mount again what was unmounted, in the order in which it was mounted first."""
-        for path, clone in reversed(self._gone):
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    def put_back(self) -> dict[int, int]:
+        """Mount again what was unmounted, as it was, in the order in which it was mounted first.
+
+        Returns the new numbers of these mounts by their old ones.
+        """
+        numbers: dict[int, int] = {}
+        for mount, clone in reversed(self._gone):
+            fd = os.open(mount.mountpoint, os.O_PATH | os.O_CLOEXEC)
             try:
                 sysio.move_mount(clone, fd)
             finally:
                 os.close(fd)
+            numbers[mount.mount_id] = mount_id_of(clone)
         self.close()
+        return numbers
 
     def close(self) -> None:
         """Let go of the clones."""

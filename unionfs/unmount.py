@@ -124,7 +124,7 @@ def _unmount(path: str, *, lazy: bool) -> str | None:
     if entry.record is None and not dead:
         raise UsageError(_unknown_line(mount))
     in_use = lazy and bool(holders(mount))
-    _detach_all(mount, entry.record, lazy=lazy or dead)
+    _detach_all(mount, entry, lazy=lazy or dead)
     if dead:
         control.remove(entry.path)
         return f"cleared the dead mount on {path}"
@@ -164,12 +164,12 @@ def _unknown_line(mount: Mount) -> str:
     return f"{mount.mountpoint} has no state file, it may be another program's (unionfs-fuse): use umount(8)"
 
 
-def _detach_all(mount: Mount, record: Record | None, *, lazy: bool) -> None:
+def _detach_all(mount: Mount, entry: Entry, *, lazy: bool) -> None:
     """Unmount the union, and before it, the last first, the volumes that the kernel has bound in it.
 
     With `lazy` the kernel takes off the whole tree at once. Else all of it goes or, if something is in use, nothing.
     """
-    binds = [] if lazy else _volume_mounts(mount, record)
+    binds = [] if lazy else _volume_mounts(mount, entry.record)
     undoing = Undoing()
     try:
         for bind in binds:
@@ -181,7 +181,7 @@ def _detach_all(mount: Mount, record: Record | None, *, lazy: bool) -> None:
         if error is not None:
             raise _explain(mount, error)
     except BaseException:
-        undoing.put_back()
+        control.note_mounts(entry, undoing.put_back())
         raise
     undoing.close()
 
@@ -298,7 +298,7 @@ def _how_held(pid: str, mount: Mount) -> str | None:
         with contextlib.suppress(FileNotFoundError):
             if _fd_mount(pid, fd) == mount.mount_id:
                 return f"open file {os.readlink(f'/proc/{pid}/fd/{fd}')}"
-    return _mapped_file(pid, mount.dev)
+    return _mapped_file(pid, mount)
 
 
 def _is_below(path: str, top: str) -> bool:
@@ -313,12 +313,16 @@ def _fd_mount(pid: str, fd: str) -> int | None:
     return None
 
 
-def _mapped_file(pid: str, dev: str) -> str | None:
-    major, minor = map(int, dev.split(":"))
+def _mapped_file(pid: str, mount: Mount) -> str | None:
+    """Return a file of the mount that a process has mapped; by its path where the device has other mounts, too."""
+    major, minor = map(int, mount.dev.split(":"))
+    anywhere = mount.fstype == FUSE_TYPE
     device = b"%02x:%02x" % (major, minor)
     with open(f"/proc/{pid}/maps", "rb") as file:
         for line in file:
             fields = line.split(None, 5)
             if fields[3] == device:
-                return f"mapped file {os.fsdecode(fields[5].strip())}"
+                path = os.fsdecode(fields[5].strip())
+                if anywhere or _is_below(path, mount.mountpoint):
+                    return f"mapped file {path}"
     return None
