@@ -189,7 +189,7 @@ def _entries(fd: int) -> Iterator[tuple[str, int, bool]]:
     for name in os.listdir(fd):
         status = os.stat(name, dir_fd=fd, follow_symlinks=False)
         single = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-        size = min(status.st_size, status.st_blocks * 512 or status.st_size) if single else 0
+        size = min(status.st_size, max(status.st_blocks * 512, 4096)) if single else 0
         yield name, size, stat.S_ISDIR(status.st_mode)
 
 

@@ -74,6 +74,11 @@ class Store:
         volumedirs.prepare_root(path)
         return cls(os.path.realpath(path))
 
+    def close(self) -> None:
+        """Abort the fills that were begun and not ended; nothing else is held."""
+        for work in list(self._replacing.values()):
+            self.abort_fill(work.volume)
+
     # --- lock and database ---
 
     @contextlib.contextmanager
