@@ -1,8 +1,8 @@
 """What a file has beside its content: owner, mode, times, extended attributes and ACLs, read and set as one.
 
 The order of setting is what matters: the owner first (``chown`` clears suid bits and file capabilities), then
-attributes and ACLs (an ACL sets the group bits of the mode), then the mode, and the times last. Everything is done to an
-object behind a descriptor, ``O_PATH`` ones included, so that no name can be exchanged meanwhile.
+attributes and ACLs (an ACL sets the group bits of the mode), then the mode, and the times last. Everything is done to
+an object behind a descriptor, ``O_PATH`` ones included, so that no name can be exchanged meanwhile.
 
 Without privilege (:func:`privileged`) what only root may do is left out without a word, as ``cp -a`` and ``tar`` do:
 other owners, and with them the suid and sgid bits that would now stand for somebody else; file capabilities; attributes
