@@ -28,6 +28,8 @@ _REFUSED: Final = frozenset((errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPN
 _OF_THE_MACHINE: Final = ("security.", "system.")
 _CAPABILITY: Final = "security.capability"
 _ALWAYS: Final = (_CAPABILITY, acl.ACCESS, acl.DEFAULT)
+# How xfs shows root the ACLs a second time, as it stores them; on another file system they would mean nothing.
+_STORED_ACLS: Final = frozenset(("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"))
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ def read_xattrs(path: bytes) -> dict[str, bytes]:
         raise
     found: dict[str, bytes] = {}
     for name in names:
+        if name in _STORED_ACLS:
+            continue
         try:
             found[name] = os.getxattr(path, name)
         except OSError as exc:
@@ -98,7 +102,8 @@ def apply(fd: int, wanted: Attributes, *, root: bool) -> None:
     if not _set_owner(path, st, wanted, root=root):
         mode &= ~(stat.S_ISUID | stat.S_ISGID)
     for name, value in wanted.xattrs.items():
-        _set_xattr(path, name, value, root=root)
+        if name not in _STORED_ACLS:
+            _set_xattr(path, name, value, root=root)
     if not stat.S_ISLNK(st.st_mode):
         os.chmod(path, mode)
     sysio.utimens_fd(fd, wanted.atime_ns, wanted.mtime_ns)

@@ -165,7 +165,10 @@ def extents(path: Path) -> list[tuple[int, int]]:
 
 def assert_equal(left: Path, right: Path) -> None:
     """Fail where two trees differ: owners, modes, times in ns, attributes, ACLs, link groups, content, holes."""
-    assert_same(snapshot(left), snapshot(right))
-    assert directory_times(left) == directory_times(right)
+    # Before anything is read: what xfs allocated in advance in a hole counts as data once it is in the page cache.
     for path in (left / "holes").glob("*"):
-        assert extents(path) == extents(right / "holes" / path.name), path.name
+        assert (path.name, extents(path)) == (path.name, extents(right / "holes" / path.name))
+    # xfs shows root its ACLs a second time, as it stores them.
+    hide = ("trusted.SGI_ACL_",)
+    assert_same(snapshot(left, hide=hide), snapshot(right, hide=hide))
+    assert directory_times(left) == directory_times(right)
