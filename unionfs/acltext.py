@@ -1,7 +1,7 @@
 """POSIX access-control lists as text, as archives hold them.
 
-One entry a line (or between commas), ``user:NAME:rwx``, as ``acl_to_text(3)`` writes it; star adds the number as a fourth
-field. Written are numbers only: they are what a file system stores, and names mean something else elsewhere.
+One entry a line (or between commas), ``user:NAME:rwx``, as ``acl_to_text(3)`` writes it; star adds the number as a
+fourth field. Written are numbers only: they are what a file system stores, and names mean something else elsewhere.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def from_text(text: bytes) -> bytes:
             entries.append(_parse(entry))
     if not entries:
         return b""
-    return _HEAD.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in sorted(entries))
+    return _HEAD.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in sorted(entries, key=_place))
+
+
+def _place(entry: tuple[int, int, int]) -> tuple[int, int]:
+    """The kernel wants the kinds in order; libacl keeps the numbers in order too."""
+    return entry[0], entry[2]
 
 
 def _parse(entry: str) -> tuple[int, int, int]:

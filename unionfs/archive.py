@@ -20,11 +20,11 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, BinaryIO, Final, Literal
 
-from unionfs import sysio, tarread, tarwrite
+from unionfs import sysio, tarformat, tarread, tarwrite
 from unionfs.errors import VolumeError
 from unionfs.tarformat import Progress, Root, Totals, Warn
 
@@ -86,8 +86,8 @@ def backup(
 ) -> Totals:
     """Write an archive of these directories to *out*, which stays open and is flushed.
 
-    *progress* is called with content bytes done and in all, *warn* with one line for what an archive can't hold (sockets)
-    or what changed while it was read. Raises VolumeError: a file can't be read, or *out* can't be written.
+    *progress* is called with content bytes done and in all, *warn* with one line for what an archive can't hold
+    (sockets) or what changed while it was read. Raises VolumeError: a file can't be read, or *out* can't be written.
     """
     total = tarwrite.content_bytes(roots) if progress is not None else 0
     try:
@@ -114,28 +114,25 @@ def backup_file(
     wanted = compression or compression_of(path)
     place = Path(os.path.realpath(path))
     try:
-        if place.exists() and not place.is_file():
-            with open(place, "wb") as out:
-                return backup(roots, out, compression=wanted, progress=progress, warn=warn)
-        with _appearing(place) as out:
+        special = place.exists() and not place.is_file()
+        with open(place, "wb") if special else _appearing(place) as out:
             return backup(roots, out, compression=wanted, progress=progress, warn=warn)
     except OSError as exc:
         raise VolumeError(f"{os.fspath(path)}: {exc.strerror}") from exc
 
 
 @contextlib.contextmanager
-def _compressor(out: IO[bytes], compression: Compression) -> Iterator[IO[bytes]]:
+def _compressor(out: IO[bytes], compression: Compression) -> Iterator[tarformat.Writable]:
     """What is written to the stream goes compressed to *out*, which is left open; complete at a good end only."""
     if compression == "none":
         yield out
         return
-    stream: IO[bytes]
     if compression == "gzip":
-        stream = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=out)
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=out) as stream:
+            yield stream
     else:
-        stream = zstd.ZstdFile(out, "wb", options={zstd.CompressionParameter.checksum_flag: 1})
-    with stream:
-        yield stream
+        with zstd.ZstdFile(out, "wb", options={zstd.CompressionParameter.checksum_flag: 1}) as packed:
+            yield packed
 
 
 @contextlib.contextmanager
@@ -182,18 +179,16 @@ def restore(
 ) -> Totals:
     """Unpack an archive, whose compression is found by its first bytes, into these *empty* directories.
 
-    *progress* is called with bytes read from *source* and *total* (None: not known). Everything is on disk at the return.
-    Raises VolumeError for an archive that is damaged, hostile or can't be restored here; then the directories hold a
-    part, which is the caller's to remove, as after a KeyboardInterrupt. Nothing outside of them is ever touched.
+    *progress* is called with bytes read from *source* and *total* (None: not known). Everything is on disk at the
+    return. Raises VolumeError for an archive that is damaged, hostile or can't be restored here; then the directories
+    hold a part, which is the caller's to remove, as after a KeyboardInterrupt. Nothing outside of them is ever touched.
     """
     raw = _Counted(source, total, progress)
-    try:
-        with _decompressor(raw) as stream:
-            return tarread.unpack(stream, roots, warn=warn)
-    except (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, gzip.BadGzipFile) as exc:
-        raise VolumeError(f"the archive is damaged: {exc}") from exc
-    except OSError as exc:
-        raise VolumeError(f"the archive can't be read: {exc.strerror or exc}") from exc
+    with _decompressor(raw) as stream:
+        try:
+            return tarread.unpack(_Checked(stream), roots, warn=warn)
+        except OSError as exc:
+            raise VolumeError(f"the directory to restore into: {exc.strerror}") from exc
 
 
 def restore_file(
@@ -249,21 +244,39 @@ class _Counted(io.RawIOBase):
         return len(data)
 
 
-_MAGIC: Final[list[tuple[bytes, Callable[[IO[bytes]], IO[bytes]]]]] = [
-    (b"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
-    (b"\x28\xb5\x2f\xfd", lambda raw: zstd.ZstdFile(raw, "rb")),
-    (b"BZh", lambda raw: bz2.BZ2File(raw, "rb")),
-    (b"\xfd7zXZ\0", lambda raw: lzma.LZMAFile(raw, "rb")),
-]
+class _Checked:
+    """A stream whose own errors are VolumeErrors, so that they are no errors of the file that is being made."""
+
+    def __init__(self, stream: tarformat.Readable) -> None:
+        self._stream = stream
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return self._stream.read(size)
+        except (EOFError, ValueError, zlib.error, lzma.LZMAError, zstd.ZstdError, gzip.BadGzipFile) as exc:
+            raise VolumeError(f"the archive is damaged: {exc}") from exc
+        except OSError as exc:
+            raise VolumeError(f"the archive can't be read: {exc.strerror or exc}") from exc
 
 
 @contextlib.contextmanager
-def _decompressor(raw: _Counted) -> Iterator[IO[bytes]]:
-    start = raw.peek(6)
+def _decompressor(raw: _Counted) -> Iterator[tarformat.Readable]:
+    try:
+        start = raw.peek(6)
+    except OSError as exc:
+        raise VolumeError(f"the archive can't be read: {exc.strerror or exc}") from exc
     buffered = io.BufferedReader(raw, 1 << 18)
-    for magic, opener in _MAGIC:
-        if start.startswith(magic):
-            with opener(buffered) as stream:
-                yield stream
-            return
-    yield buffered
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.GzipFile(fileobj=buffered, mode="rb") as unzipped:
+            yield unzipped
+    elif start.startswith(b"\x28\xb5\x2f\xfd"):
+        with zstd.ZstdFile(buffered, "rb") as unpacked:
+            yield unpacked
+    elif start.startswith(b"BZh"):
+        with bz2.BZ2File(buffered, "rb") as unpacked_bz2:
+            yield unpacked_bz2
+    elif start.startswith(b"\xfd7zXZ\0"):
+        with lzma.LZMAFile(buffered, "rb") as unpacked_xz:
+            yield unpacked_xz
+    else:
+        yield buffered

@@ -1,8 +1,8 @@
 """What a file has beside its content: owner, mode, times, extended attributes and ACLs, read and set as one.
 
 The order of setting is what matters: the owner first (``chown`` clears suid bits and file capabilities), then
-attributes and ACLs (an ACL sets the group bits of the mode), then the mode, and the times last. Everything is done to an
-object behind a descriptor, ``O_PATH`` ones included, so that no name can be exchanged meanwhile.
+attributes and ACLs (an ACL sets the group bits of the mode), then the mode, and the times last. Everything is done to
+an object behind a descriptor, ``O_PATH`` ones included, so that no name can be exchanged meanwhile.
 
 Without privilege (:func:`privileged`) what only root may do is left out without a word, as ``cp -a`` and ``tar`` do:
 other owners, and with them the suid and sgid bits that would now stand for somebody else; file capabilities; attributes
@@ -28,6 +28,8 @@ _REFUSED: Final = frozenset((errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPN
 _OF_THE_MACHINE: Final = ("security.", "system.")
 _CAPABILITY: Final = "security.capability"
 _ALWAYS: Final = (_CAPABILITY, acl.ACCESS, acl.DEFAULT)
+# How xfs shows root the ACLs a second time, as it stores them; on another file system they would mean nothing.
+_STORED_ACLS: Final = frozenset(("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"))
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ def read_xattrs(path: bytes) -> dict[str, bytes]:
         raise
     found: dict[str, bytes] = {}
     for name in names:
+        if name in _STORED_ACLS:
+            continue
         try:
             found[name] = os.getxattr(path, name)
         except OSError as exc:
@@ -98,7 +102,8 @@ def apply(fd: int, wanted: Attributes, *, root: bool) -> None:
     if not _set_owner(path, st, wanted, root=root):
         mode &= ~(stat.S_ISUID | stat.S_ISGID)
     for name, value in wanted.xattrs.items():
-        _set_xattr(path, name, value, root=root)
+        if name not in _STORED_ACLS:
+            _set_xattr(path, name, value, root=root)
     if not stat.S_ISLNK(st.st_mode):
         os.chmod(path, mode)
     sysio.utimens_fd(fd, wanted.atime_ns, wanted.mtime_ns)

@@ -36,12 +36,12 @@ def copy_tree(
 ) -> None:
     """Copy what is in the directory *source*, and its own attributes, into the empty directory *target*.
 
-    Both are paths or descriptors of directories (``O_PATH`` too). *progress* is called with the number of content bytes
-    since the last call. With *one_file_system*, of a directory that something is mounted on only the empty directory is
-    made, and a file that is a mount point is left out. All is on disk at the return.
+    Both are paths or descriptors of directories (``O_PATH`` too). *progress* is called with the number of content
+    bytes since the last call. With *one_file_system*, of a directory that something is mounted on only the empty
+    directory is made, and a file that is a mount point is left out. All is on disk at the return.
 
-    Raises OSError whose filename is the path from *source*; then *target* holds a part, which is the caller's to remove,
-    as after a KeyboardInterrupt.
+    Raises OSError whose filename is the path from *source*; then *target* holds a part, which is the caller's to
+    remove, as after a KeyboardInterrupt.
     """
     with ExitStack() as stack:
         source_fd, target_fd = (_open_directory(stack, place) for place in (source, target))

@@ -32,8 +32,8 @@ class _Level:
 class DirStack:
     """The way from a root directory to the directory one is in.
 
-    *root_fd* stays the caller's. With *readable* the directories can be listed, which needs the permission to read them;
-    else they are opened as mere places (``O_PATH``). All methods raise OSError.
+    *root_fd* stays the caller's. With *readable* the directories can be listed, which needs the permission to read
+    them; else they are opened as mere places (``O_PATH``). All methods raise OSError.
     """
 
     def __init__(self, root_fd: int, *, readable: bool = True) -> None:

@@ -3,14 +3,14 @@
 Everything is bytes, for a name need not be text in any encoding. POSIX's pax format is ustar headers of 512 bytes, each
 with an extended header before it for what it can't hold, a list of ``LENGTH KEYWORD=VALUE\\n`` records:
 
-======================  =================================================================================================
-path, linkpath          names that are long or no ASCII; ``hdrcharset=BINARY`` goes before those that are no UTF-8
+======================  ================================================================================================
+path, linkpath          names that are long or no ASCII; ``hdrcharset=BINARY`` goes before what is no UTF-8
 mtime, atime            seconds with a fraction, here always all nanoseconds
 uid, gid, size          numbers that are too large for the header
 SCHILY.xattr.NAME       an extended attribute; ``%`` and ``=`` in NAME are written ``%25`` and ``%3D``
 SCHILY.acl.access       a POSIX ACL as text, SCHILY.acl.default a directory's default one
 GNU.sparse.*            a file with holes, format 1.0: the map of what is there comes before the data, as text
-======================  =================================================================================================
+======================  ================================================================================================
 
 Python's own tarfile is the model and the counterpart in the tests, but is not used here: it keeps times as floating
 point numbers, believes every announced length (an extended header of gigabytes is read into memory), and reads a sparse
@@ -119,6 +119,13 @@ class Readable(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """Return up to *size* bytes, b"" at the end."""
+
+
+class Writable(Protocol):
+    """What an archive is written to."""
+
+    def write(self, data: bytes, /) -> object:
+        """Write all of *data*. Raises OSError."""
 
 
 def padding(size: int) -> int:
@@ -285,7 +292,7 @@ class Reader:
         try:
             return self._stream.read(size)
         except VolumeError as exc:
-            self._fail(str(exc))
+            raise VolumeError(f"{self._where}: {exc}") from exc
 
     def _exact(self, size: int) -> bytes:
         """Read *size* bytes; the caller has made sure that this is not too much."""
@@ -320,7 +327,7 @@ class Reader:
                 extended.clear()
             else:
                 return self._member(block, extended, long_name, long_link)
-        self._fail("too many extended headers in a row")
+        return self._fail("too many extended headers in a row")
 
     def _to_the_end(self) -> None:
         """After the end mark only zeros may come; reading them also proves a compressed archive whole."""

@@ -1,9 +1,9 @@
 """An archive into directories, trusting nothing in it.
 
-Everything is made with a descriptor of a directory and one name; no symbolic link is ever followed, whoever made it, and
-no name has a ``..``. So a symbolic link that leads out is content like any other, and what would be written through it is
-refused, as is whatever is not to be believed: the archive is refused whole, and since it is unpacked into directories
-that nobody sees yet, nothing of it stays.
+Everything is made with a descriptor of a directory and one name; no symbolic link is ever followed, whoever made it,
+and no name has a ``..``. So a symbolic link that leads out is content like any other, and what would be written through
+it is refused, as is whatever is not to be believed: the archive is refused whole, and since it is unpacked into
+directories that nobody sees yet, nothing of it stays.
 
 Owners are set by their numbers, not by their names: a volume's files belong to numbers, whatever they are called here.
 Suid bits and capabilities come after the content. Directories get their mode and times at the very end.
@@ -41,7 +41,8 @@ Parts = list[bytes]
 def unpack(stream: tarformat.Readable, roots: Sequence[Root], *, warn: Warn | None = None) -> Totals:
     """Unpack all of an archive into these empty directories, and write it to disk.
 
-    An entry goes to the root with the longest prefix that its name starts with. Raises VolumeError, which names the entry.
+    An entry goes to the root with the longest prefix that its name starts with. Raises VolumeError, which names the
+    entry, and OSError for the directories themselves.
     """
     with ExitStack() as stack:
         targets = [_Target(root, stack) for root in roots]

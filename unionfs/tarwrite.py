@@ -1,8 +1,8 @@
 """Directories into an archive: the walk, and what is written of each thing that it meets.
 
-Each object is opened once and everything is read through that descriptor, so a name that is swapped meanwhile can't lead
-out. A volume in use may be archived: what vanishes before it is reached is left out, a file that shrinks is filled up
-with zeros to the announced size, and one that changes is warned about. The archive is well-formed in any case.
+Each object is opened once and everything is read through that descriptor, so a name that is swapped meanwhile can't
+lead out. A volume in use may be archived: what vanishes before it is reached is left out, a file that shrinks is filled
+up with zeros to the announced size, and one that changes is warned about. The archive is well-formed in any case.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 import pwd
 import stat
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cache
-from typing import IO, Final
+from typing import Final
 
 from unionfs import attributes, sysio, tarformat
 from unionfs.dirstack import DirStack
 from unionfs.errors import VolumeError, one_line
-from unionfs.tarformat import Member, Progress, Root, Totals, Warn
+from unionfs.tarformat import Member, Progress, Root, Totals, Warn, Writable
 
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _ROOT: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -54,12 +54,12 @@ def content_bytes(roots: Sequence[Root]) -> int:
 
 
 def write(
-    roots: Sequence[Root], out: IO[bytes], *, total: int = 0, progress: Progress | None = None, warn: Warn | None = None
+    roots: Sequence[Root], out: Writable, *, total: int = 0, progress: Progress | None = None, warn: Warn | None = None
 ) -> Totals:
     """Write an archive of these directories, its end mark included.
 
-    *total* is what *progress* is told as the content bytes there are. Raises VolumeError that names the file that can't
-    be read; OSError comes from *out*.
+    *total* is what *progress* is told as the content bytes there are. Raises VolumeError: the archive can't be written,
+    or what it names can't be read.
     """
     writer = _Writer(out, total, progress, warn)
     with closing(_walk(roots, writer.warn)) as found:
@@ -69,7 +69,7 @@ def write(
     return writer.totals
 
 
-def _walk(roots: Sequence[Root], warn: Warn) -> Iterator[Found]:
+def _walk(roots: Sequence[Root], warn: Warn) -> Generator[Found, None, None]:
     """Go through the directories, parents first, names in order. A root in another's tree is no part of that one."""
     prefixes = {os.fsencode(root.prefix) for root in roots}
     for root in roots:
@@ -86,7 +86,7 @@ def _walk(roots: Sequence[Root], warn: Warn) -> Iterator[Found]:
             os.close(fd)
 
 
-def _below(stack: DirStack, prefix: bytes, prefixes: set[bytes], warn: Warn) -> Iterator[Found]:
+def _below(stack: DirStack, prefix: bytes, prefixes: set[bytes], warn: Warn) -> Generator[Found, None, None]:
     todo = [_names(stack, prefix)]
     while todo:
         if not todo[-1]:
@@ -161,7 +161,7 @@ def _group(gid: int) -> bytes:
 class _Writer:
     """What one archive needs while it is written."""
 
-    def __init__(self, out: IO[bytes], total: int, progress: Progress | None, warn: Warn | None) -> None:
+    def __init__(self, out: Writable, total: int, progress: Progress | None, warn: Warn | None) -> None:
         self.totals = Totals()
         self._out = out
         self._total = total
@@ -202,15 +202,17 @@ class _Writer:
         self._tell()
 
     def _put(self, data: bytes) -> None:
-        self._out.write(data)
+        try:
+            self._out.write(data)
+        except OSError as exc:
+            raise VolumeError(f"the archive can't be written: {exc.strerror or exc}") from exc
         self._written += len(data)
 
     def _header(self, member: Member) -> None:
         try:
-            header = tarformat.encode(member)
+            self._put(tarformat.encode(member))
         except ValueError as exc:
             raise VolumeError(f"{_shown(member.name)} can't be archived: {exc}") from exc
-        self._put(header)
         self.totals.entries += 1
 
     def _tell(self) -> None:
@@ -250,7 +252,6 @@ class _Writer:
         )
 
     def _regular(self, path: bytes, fd: int) -> None:
-        """Raises OSError as far as the file itself is concerned, VolumeError for the archive."""
         source = os.open(sysio.fd_path(fd), _READ)
         try:
             st = os.fstat(source)
@@ -262,9 +263,9 @@ class _Writer:
             else:
                 member.extents, member.real_size = extents, st.st_size
                 member.size = sum(extents[1::2])
-            self._put_header_or_fail(member)
+            self._header(member)
             lost = self._content(source, extents)
-            self._put_or_fail(bytes(tarformat.padding(member.size)))
+            self._put(bytes(tarformat.padding(member.size)))
             after = os.fstat(source)
         finally:
             os.close(source)
@@ -272,12 +273,6 @@ class _Writer:
             self.warn(f"{_shown(path)}: file shrank by {lost} bytes; filled up with zeros")
         elif (after.st_size, after.st_mtime_ns) != (st.st_size, st.st_mtime_ns):
             self.warn(f"{_shown(path)}: file changed as it was read")
-
-    def _put_header_or_fail(self, member: Member) -> None:
-        _as_write_error(lambda: self._header(member))
-
-    def _put_or_fail(self, data: bytes) -> None:
-        _as_write_error(lambda: self._put(data))
 
     def _content(self, source: int, extents: array[int]) -> int:
         """Write what lies in the extents; returns how much of it was not there any more."""
@@ -290,19 +285,11 @@ class _Writer:
                 if not data:
                     data = bytes(want)
                     lost += want
-                self._put_or_fail(data)
+                self._put(data)
                 at += len(data)
                 self.totals.content += len(data)
                 self._tell()
         return lost
-
-
-def _as_write_error(act: Callable[[], None]) -> None:
-    """Keep what goes wrong with the archive apart from what goes wrong with the file that is read."""
-    try:
-        act()
-    except OSError as exc:
-        raise VolumeError(f"the archive can't be written: {exc.strerror or exc}") from exc
 
 
 def find_extents(fd: int, size: int) -> array[int] | None:
