@@ -173,17 +173,17 @@ class Stack:
         """The log file of the running (or last) daemon."""
         return self.base / f"daemon-{self._mounts}.log"
 
-    def mount(self, options: str = "", *, extra: Sequence[str] = ()) -> Path:
+    def mount(self, options: str = "", *, extra: Sequence[str] = (), under: Sequence[str] = ()) -> Path:
         """Mount, with `options` besides those of the stack; returns the mount point. Raises `MountRefused`.
 
-        extra: further command line words for our daemon.
+        extra: further command line words for our daemon; under: a command that runs it.
         """
         merged = {**parse_options(self.options), **parse_options(options)}
         self._mounts += 1
         if self.kind == "union":
-            self._mount_union(merged, extra)
+            self._mount_union(merged, extra, under)
         elif self.kind == "bind":
-            self._mount_union(merged, [*extra, "--bind-mode", "fuse", "-v", f"{self.below}:/bind"])
+            self._mount_union(merged, [*extra, "--bind-mode", "fuse", "-v", f"{self.below}:/bind"], under)
         elif self.kind == "overlay":
             self._mount_overlay(merged)
         self.mounted = True
@@ -202,8 +202,8 @@ class Stack:
         command = ["mount", "-t", "overlay", "-o", options_text(words), "overlay", str(self.mnt)]
         _run_mount(command)
 
-    def _mount_union(self, options: dict[str, str], extra: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.log), *extra]
+    def _mount_union(self, options: dict[str, str], extra: Sequence[str], under: Sequence[str]) -> None:
+        command = [*under, sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.log), *extra]
         if options:
             command += ["-o", options_text(options)]
         if self.upper is not None:
