@@ -563,14 +563,12 @@ class Binds:
             raise _error(errno.EBUSY)
 
     def rename(self, old_dir: BindNode, old_name: bytes, new_dir: BindNode, new_name: bytes, flags: int) -> None:
-        """Rename, with RENAME_NOREPLACE or RENAME_EXCHANGE; EXDEV between bind paths."""
+        """Rename, with the flags of ``renameat2(2)`` that the host takes; EXDEV between bind paths."""
         self.check_not_point(old_dir.id, old_name)
         self.check_not_point(new_dir.id, new_name)
         if old_dir.bind is not new_dir.bind:
             raise _error(errno.EXDEV)
         _check_writable(old_dir)
-        if flags & sysio.RENAME_WHITEOUT:
-            raise _error(errno.EINVAL)
         old_fd, new_fd = self.fd(old_dir), self.fd(new_dir)
         if flags:
             sysio.rename(old_fd, old_name, new_fd, new_name, flags)

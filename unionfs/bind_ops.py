@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Sequence
 
 import pyfuse3
@@ -29,7 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from unionfs import native
 from unionfs.bind import BindDirHandle, BindNode, BindPoint, Binds, is_bind
 from unionfs.config import MountConfig
-from unionfs.inodes import Dir
+from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
 from unionfs.ops import UnionOperations, handler
 from unionfs.union import Changes, DirHandle, Union
@@ -81,7 +82,7 @@ class BindingOperations(UnionOperations):
             os.close(point.fd)
             raise
         name = point.target[-1]
-        self._binds.attach(parent.id, parent.ino, name, point.fd, read_only=point.read_only)
+        self._binds.attach(parent.id, self._shown(parent), name, point.fd, read_only=point.read_only)
         if isinstance(parent, BindNode):
             self._binds.hold(parent)
         else:
@@ -119,9 +120,12 @@ class BindingOperations(UnionOperations):
 
     # -- replies --
 
+    def _shown(self, node: Node | BindNode) -> int:
+        return node.ino if self._native else node.id
+
     def _bound_attributes(self, node: BindNode, st: os.stat_result) -> EntryAttributes:
         attr = EntryAttributes()
-        attr.st_ino = node.ino if self._native else node.id
+        attr.st_ino = self._shown(node)
         attr.entry_timeout = attr.attr_timeout = 0
         attr.st_mode = st.st_mode
         attr.st_nlink = st.st_nlink
@@ -386,12 +390,10 @@ class BindingOperations(UnionOperations):
             await super().readdir(fh, start_id, token)
             return
         node = self._binds.directory(handle.node.id)
-        up = node.parent.ino if node.parent is not None else node.bind.parent_ino
-        for position, ino in ((1, node.ino), (2, up)):
-            if start_id < position:
-                name = b"." if position == 1 else b".."
-                if not pyfuse3.readdir_reply(token, name, self._bare(ino, os.fstat(node.fd).st_mode), position):
-                    return
+        up = self._shown(node.parent) if node.parent is not None else node.bind.parent_ino
+        for position, name, ino in ((1, b".", self._shown(node)), (2, b"..", up)):
+            if start_id < position and not pyfuse3.readdir_reply(token, name, self._bare(ino, stat.S_IFDIR), position):
+                return
         entries = self._binds.read_entries(handle, start_id)
         for at in range(max(start_id - 2, 0), len(entries)):
             if not self._list(token, node, *entries[at], at + 3):

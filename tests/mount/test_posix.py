@@ -1,4 +1,4 @@
-"""The table of POSIX behaviours on a plain directory, on kernel overlayfs and on ours, from three places of the seed."""
+"""The table of POSIX behaviours on a plain directory, on kernel overlayfs, on ours and in a bind path, from three places."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ HOUSES = [
     "union-lower",
     "union-upper",
     "union-touched",
+    "bind-lower",
+    "bind-upper",
 ]
 
 
@@ -31,7 +33,7 @@ def house(request: pytest.FixtureRequest, session_ground: Path, _stacks: list[St
     kind: Kind = name.split("-", maxsplit=1)[0]  # type: ignore[assignment]
     stack = Stack.make(kind, session_ground / f"posix-{name}")
     if not name.endswith("upper"):
-        plant(stack.lower, list(BEHAVIOURS.values()))
+        plant(stack.below, list(BEHAVIOURS.values()))
     stack.mount()
     _stacks.append(stack)
     yield name, stack
@@ -44,7 +46,7 @@ def test_behaviour(house: tuple[str, Stack], line: Behaviour) -> None:
     name, stack = house
     if name in line.unlike:
         return
-    directory = stack.mnt / line.name
+    directory = stack.inside / line.name
     if name.endswith("upper"):
         build(directory, line.seed)
     elif name.endswith("touched"):

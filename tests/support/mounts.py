@@ -1,8 +1,9 @@
-"""Union mounts under test: ours, kernel overlayfs, and a plain directory, behind one interface.
+"""Union mounts under test: ours, kernel overlayfs, a plain directory, and a bind path of ours, behind one interface.
 
 A `Stack` is the layers of one union and the place where it is mounted. A test fills its lowers, mounts, acts in
 `mnt`, unmounts and looks at `upper`. On a plain directory the (only) lower is the mount point itself, so that what a
-test says of POSIX behaviour can be checked against the file system below, too.
+test says of POSIX behaviour can be checked against the file system below, too. A bind path is `host` at `mnt/bind` of a union,
+served by the daemon. So that all kinds look alike, tests act in `inside` and prepare `below`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Literal
 from tests.support import raw
 from tests.support.people import REPOSITORY
 
-Kind = Literal["plain", "overlay", "union"]
+Kind = Literal["plain", "overlay", "union", "bind"]
 OVERLAY_DEFAULTS = {"redirect_dir": "on", "metacopy": "on", "index": "on", "xino": "on"}
 """Our own defaults, said aloud to the kernel."""
 USERXATTR_DEFAULTS = {"userxattr": "", "index": "off", "xino": "on"}
@@ -142,7 +143,7 @@ class Stack:
         stack.lowers = [base / f"lower{number}" for number in range(lowers)]
         if kind == "plain":
             stack.lowers = [stack.mnt]
-        for directory in {stack.mnt, base / "upper", base / "work", *stack.lowers}:
+        for directory in {stack.mnt, stack.below, base / "upper", base / "work", *stack.lowers}:
             directory.mkdir(exist_ok=True)
         return stack
 
@@ -150,6 +151,16 @@ class Stack:
     def lower(self) -> Path:
         """The topmost lower."""
         return self.lowers[0]
+
+    @property
+    def below(self) -> Path:
+        """What shows through in `inside`: the topmost lower, or the source of the bind path."""
+        return self.base / "host" if self.kind == "bind" else self.lower
+
+    @property
+    def inside(self) -> Path:
+        """Where to act: the mount point, or the bind path."""
+        return self.mnt / "bind" if self.kind == "bind" else self.mnt
 
     @property
     def up(self) -> Path:
@@ -162,15 +173,17 @@ class Stack:
         """The log file of the running (or last) daemon."""
         return self.base / f"daemon-{self._mounts}.log"
 
-    def mount(self, options: str = "", *, extra: Sequence[str] = ()) -> Path:
+    def mount(self, options: str = "", *, extra: Sequence[str] = (), under: Sequence[str] = ()) -> Path:
         """Mount, with `options` besides those of the stack; returns the mount point. Raises `MountRefused`.
 
-        extra: further command line words for our daemon.
+        extra: further command line words for our daemon; under: a command that runs it.
         """
         merged = {**parse_options(self.options), **parse_options(options)}
         self._mounts += 1
         if self.kind == "union":
-            self._mount_union(merged, extra)
+            self._mount_union(merged, extra, under)
+        elif self.kind == "bind":
+            self._mount_union(merged, [*extra, "--bind-mode", "fuse", "-v", f"{self.below}:/bind"], under)
         elif self.kind == "overlay":
             self._mount_overlay(merged)
         self.mounted = True
@@ -189,8 +202,8 @@ class Stack:
         command = ["mount", "-t", "overlay", "-o", options_text(words), "overlay", str(self.mnt)]
         _run_mount(command)
 
-    def _mount_union(self, options: dict[str, str], extra: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.log), *extra]
+    def _mount_union(self, options: dict[str, str], extra: Sequence[str], under: Sequence[str]) -> None:
+        command = [*under, sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.log), *extra]
         if options:
             command += ["-o", options_text(options)]
         if self.upper is not None:
@@ -205,7 +218,7 @@ class Stack:
         self.mounted = False
         if self.kind == "plain":
             return
-        pid = self.daemon() if self.kind == "union" else None
+        pid = self.daemon() if self.kind in ("union", "bind") else None
         for attempt in range(20):
             try:
                 raw.umount2(self.mnt, 0)

@@ -56,13 +56,13 @@ def run_kind(kind: Kind, base: Path) -> dict[str, str]:
     lines = [line for line in BEHAVIOURS.values() if usable(line)]
     for place in PLACES:
         stack = Stack.make(kind, base / f"{kind}-{place}", options="userxattr" if kind == "overlay" else "")
-        planted = [line for line in lines if place == "upper" or can_be_planted(line, stack.lower)]
+        planted = [line for line in lines if place == "upper" or can_be_planted(line, stack.below)]
         stack.mount()
         try:
             for line in planted:
                 if f"{kind}-{place}" in line.unlike:
                     continue
-                found[f"{place} {line.name}"] = attempt(line, place, stack.mnt / line.name)
+                found[f"{place} {line.name}"] = attempt(line, place, stack.inside / line.name)
         finally:
             umount(stack)
         bad = stack.bad_log_lines()
