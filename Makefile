@@ -16,12 +16,12 @@ WORK ?=
 OPTIONS ?=
 export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
 
-# Further arguments for pytest, such as ARGS='-k rename'.
+# Further arguments for pytest, such as ARGS='-k rename', or for the comparison.
 ARGS ?=
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
 
-.PHONY: help mount umount test lint types fuzz clean root packages packages-test
+.PHONY: help mount umount test lint types fuzz compare clean root packages packages-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -30,6 +30,7 @@ help:
 	@echo 'make test [ARGS=...]                   all tests (as root)'
 	@echo 'make lint types                        ruff, mypy'
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
+	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
 	@echo 'make clean                             remove what these made'
 
 mount: packages $(VENV)/.installed
@@ -50,6 +51,9 @@ types: packages $(VENV)/.installed-test
 
 fuzz: root packages-test $(VENV)/.installed-test
 	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/differential --timeout 0 $(ARGS)
+
+compare: packages $(VENV)/.installed
+	@scripts/compare $(ARGS)
 
 clean:
 	@scripts/umount --quiet

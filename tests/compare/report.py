@@ -1,0 +1,139 @@
+"""What the comparison says: a table on the terminal, one in Markdown, and JSON with every single value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tests.compare.bench import Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of some subjects and what they are held against.
+
+    Attributes:
+        title: of the table.
+        subjects: their names, in the order of the columns.
+        ours: the subject whose ratios are shown; None where it was not measured.
+        references: the subjects whose ratio to `ours` has a column.
+    """
+
+    title: str
+    subjects: Sequence[str]
+    ours: str | None
+    references: Sequence[str]
+    results: Sequence[Result]
+
+    def ratios(self, result: Result) -> list[float | None]:
+        """The ratios of a row, one for each reference."""
+        return [result.ratio(self.ours, other) if self.ours else None for other in self.references]
+
+
+def value(number: float, unit: str) -> str:
+    """A measured value with three digits and a unit that suits its size."""
+    steps = {"s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")), "B": ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))}
+    factor, name = next((step for step in steps[unit] if number >= step[0]), steps[unit][-1])
+    scaled = number / factor
+    return f"{scaled:.{0 if scaled >= 99.5 else 1 if scaled >= 9.95 else 2}f} {name}"
+
+
+def cell(result: Result, subject: str) -> str:
+    """What a subject's column shows."""
+    if subject in result.failures:
+        return "fails"
+    median = result.median(subject)
+    return "–" if median is None else value(median, result.workload.unit)
+
+
+def terminal(comparison: Comparison, console: Console) -> None:
+    """Print the table: medians, ratios, and which goals are missed."""
+    table = Table(title=comparison.title, title_justify="left")
+    table.add_column("workload", no_wrap=True)
+    for subject in comparison.subjects:
+        table.add_column(subject, justify="right", no_wrap=True)
+    for other in comparison.references:
+        table.add_column(f"× {other}", justify="right")
+    group = None
+    for result in comparison.results:
+        if group not in {None, result.workload.group}:
+            table.add_section()
+        group = result.workload.group
+        table.add_row(result.title, *_cells(comparison, result))
+    console.print(table)
+    for line in remarks(comparison):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _cells(comparison: Comparison, result: Result) -> Iterable[Text]:
+    for subject in comparison.subjects:
+        yield Text(cell(result, subject), style="red" if subject in result.failures else "")
+    missed = result.missed(comparison.ours) if comparison.ours else {}
+    for other, ratio in zip(comparison.references, comparison.ratios(result), strict=True):
+        text = "–" if ratio is None else f"{ratio:.2f}"
+        yield Text(text, style="red" if other in missed else "green" if ratio is not None else "")
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """One line for each row that misses a goal, and for each failure."""
+    lines = []
+    for result in comparison.results:
+        missed = result.missed(comparison.ours) if comparison.ours else {}
+        if missed:
+            parts = [f"{ratio:.2f} × {other} ({_goal(result, other)})" for other, ratio in missed.items()]
+            lines.append(f"goal missed: {result.title}: {', '.join(parts)}")
+    for result in comparison.results:
+        for reason in dict.fromkeys(result.failures.values()):
+            names = [name for name, why in result.failures.items() if why == reason]
+            lines.append(f"fails: {result.title}: {', '.join(names)}: {reason}")
+    return lines
+
+
+def _goal(result: Result, other: str) -> str:
+    if other == "limit":
+        return value(result.workload.limit or 0, result.workload.unit)
+    return f"{result.workload.goal[other]:g}"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table for a README."""
+    heads = ["workload", *comparison.subjects, *(f"× {other}" for other in comparison.references)]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for result in comparison.results:
+        ratios = ["–" if ratio is None else f"{ratio:.2f}" for ratio in comparison.ratios(result)]
+        lines.append(f"| {' | '.join([result.title, *(cell(result, s) for s in comparison.subjects), *ratios])} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(comparison: Comparison) -> dict[str, object]:
+    """All of one comparison, as JSON has it."""
+    return {
+        "title": comparison.title,
+        "subjects": list(comparison.subjects),
+        "ours": comparison.ours,
+        "measurements": [_measurement(comparison, result) for result in comparison.results],
+    }
+
+
+def _measurement(comparison: Comparison, result: Result) -> dict[str, object]:
+    workload = result.workload
+    return {
+        "workload": workload.name,
+        "phase": result.phase,
+        "title": result.title,
+        "group": workload.group,
+        "unit": workload.unit,
+        "values": result.values,
+        "medians": {name: result.median(name) for name in comparison.subjects if result.median(name) is not None},
+        "ratios": {
+            other: {name: round(ratio, 4) for name in comparison.subjects if (ratio := result.ratio(name, other))}
+            for other in comparison.references
+        },
+        "fails": result.failures,
+        "goal": {**workload.goal, **({"limit": workload.limit} if workload.limit else {})},
+        "missed": result.missed(comparison.ours) if comparison.ours else {},
+    }
