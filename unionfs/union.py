@@ -11,6 +11,7 @@ Operations raise plain :class:`OSError`, and :class:`~unionfs.copyup.DataCopyPen
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -262,7 +263,10 @@ class Union:
     def _check_clearing(self, node: Node, who: Caller) -> None:
         """Refuse chown(path, -1, -1) that takes set-user-id or set-group-id of another's file (``may_setattr``)."""
         st = self.tree.stat(node)
-        if stat.S_ISREG(st.st_mode) and who.uid not in (0, st.st_uid) and _suidgid_to_clear(st, who):
+        if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
+            return
+        # A write announces itself by the same request (``file_remove_privs``), and has a right to it.
+        if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in node.handles or ()):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def _chmod(self, node: Node, mode: int) -> None:

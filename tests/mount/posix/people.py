@@ -148,13 +148,23 @@ def open_trunc_by_another_clears_suid_and_sgid(d: Path) -> None:
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o777
 
 
-@behaviour({"f": File(TEXT, 0o6777, ALICE, ALICE), "g": File(TEXT, 0o777, ALICE, ALICE)}, privileged=True)
+@behaviour(
+    {
+        "f": File(TEXT, 0o6777, ALICE, ALICE),
+        "g": File(TEXT, 0o777, ALICE, ALICE),
+        "h": File(TEXT, 0o4700, ALICE, ALICE),
+    },
+    privileged=True,
+)
 def chown_to_nobody_in_particular(d: Path) -> None:
     """It clears suid and sgid, which is the owner's right alone; where there are none, anyone may."""
     with fails(errno.EPERM):
         as_user(BOB, lambda: os.chown(d / "f", -1, -1))
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o6777
     as_user(BOB, lambda: os.chown(d / "g", -1, -1))
+    with open(d / "h", "r+b", buffering=0) as opened:
+        as_user(BOB, lambda: opened.write(b"x"))
+    assert stat.S_IMODE((d / "h").stat().st_mode) == 0o700
     as_user(ALICE, lambda: os.chown(d / "f", -1, -1))
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o777
 
