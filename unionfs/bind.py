@@ -34,7 +34,7 @@ from typing import Any, Final, TypeVar
 
 from unionfs import acl, sysio
 from unionfs.dirops import Caller
-from unionfs.union import Changes, clear_suidgid, in_group
+from unionfs.union import Changes, check_clearing, clear_suidgid, in_group
 
 T = TypeVar("T")
 Watcher = Callable[["BindNode"], None]
@@ -586,12 +586,17 @@ class Binds:
 
     # -- attributes --
 
-    def setattr(self, node: BindNode, changes: Changes, fd: int, *, kill_for: Caller | None) -> os.stat_result:
+    def setattr(
+        self, node: BindNode, changes: Changes, fd: int, *, kill_for: Caller | None, who: Caller
+    ) -> os.stat_result:
         """Change attributes.
 
         *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
+        *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
         _check_writable(node)
+        if changes == _NOTHING:
+            check_clearing(os.fstat(node.fd), who, node.handles)
         path = self._path(node)
         if changes.size is not None:
             self._truncate(node, path, fd, changes.size, kill_for)

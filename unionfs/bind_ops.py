@@ -206,7 +206,7 @@ class BindingOperations(UnionOperations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        st = self._binds.setattr(node, changes, -1 if fh is None else fh, kill_for=kill)
+        st = self._binds.setattr(node, changes, -1 if fh is None else fh, kill_for=kill, who=self._caller(ctx))
         return self._bound_attributes(node, st)
 
     @handler

@@ -16,7 +16,7 @@ import logging
 import os
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from unionfs import acl, index, sysio
@@ -240,7 +240,7 @@ class Union:
         *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
         if changes == _NOTHING and who is not None:
-            self._check_clearing(node, who)
+            check_clearing(self.tree.stat(node), who, node.handles or ())
         self.up.node(node, data=changes.size is not None, size=changes.size)
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
@@ -259,15 +259,6 @@ class Union:
                 dirfd, name = self.tree.place(node)
                 sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
         return self.tree.stat(node)
-
-    def _check_clearing(self, node: Node, who: Caller) -> None:
-        """Refuse chown(path, -1, -1) that takes set-user-id or set-group-id of another's file (``may_setattr``)."""
-        st = self.tree.stat(node)
-        if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
-            return
-        # A write announces itself by the same request (``file_remove_privs``), and has a right to it.
-        if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in node.handles or ()):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def _chmod(self, node: Node, mode: int) -> None:
         bits = stat.S_IMODE(mode)
@@ -347,6 +338,18 @@ def clear_suidgid(fd: int, who: Caller | None) -> None:
     drop = _suidgid_to_clear(st, who)
     if drop:
         os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
+
+
+def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> None:
+    """Raise EPERM for a chown(path, -1, -1) that would clear set-user-id or set-group-id of another's file.
+
+    The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
+    same request (``file_remove_privs``), and may: so it is let through while one of the file's open *handles* can write.
+    """
+    if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
+        return
+    if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
