@@ -344,7 +344,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
     """Raise EPERM for a chown(path, -1, -1) that would clear set-user-id or set-group-id of another's file.
 
     The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
-    same request (``file_remove_privs``), and may: so it is let through while one of the file's open *handles* can write.
+    same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
     """
     if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
         return
