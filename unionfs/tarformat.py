@@ -337,9 +337,10 @@ class Reader:
                 self._fail("something follows the end mark: the archive is damaged, or two were joined")
 
     def _check(self, block: bytes) -> None:
-        unsigned = sum(block) - sum(block[148:156]) + 8 * 32
-        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in block[148:156])
-        if self._octal(block[148:156], "checksum") not in (unsigned, unsigned - 256 * high):
+        rest = block[:148] + b" " * 8 + block[156:]
+        stored, right = self._octal(block[148:156], "checksum"), sum(rest)
+        # Some old programs added the bytes up as signed numbers.
+        if stored != right and stored != right - 256 * sum(byte > 127 for byte in rest):
             if self._where == "the archive's first entry":
                 raise VolumeError("this is no tar archive")
             self._fail("the header after it is damaged")

@@ -211,7 +211,7 @@ def test_what_can_not_be_copied_is_named(ground: Path, what: str) -> None:
         os.chmod(source / "the-one", 0o600)
     target = empty(ground / "target")
     os.chown(target, people.ALICE, people.ALICE)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=r"\S") as caught:
         people.as_user(people.ALICE, lambda: copy_tree(ground / "source", target))
     assert caught.value.filename == b"sub/the-one"
     assert "root" in str(caught.value) or caught.value.errno == errno.EACCES
@@ -299,7 +299,7 @@ def test_the_way_back_is_checked(ground: Path) -> None:
         # The parent whose descriptor was given up is another one now.
         (ground / "elsewhere").mkdir()
         os.rename(ground / "root" / Path(*"a" * 3), ground / "elsewhere" / "a")
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match=r"\S") as caught:
             stack.go([])
     finally:
         stack.close()
