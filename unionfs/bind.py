@@ -44,7 +44,9 @@ ID_SHIFT: Final = 61
 """Node ids of bind paths have these top bits, which no union node has."""
 
 _NOTHING: Final = Changes()
-_WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+CHANGING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+"""Flags of an open(2) that may change the file."""
+
 _OPEN_KEEPS: Final = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME | os.O_NONBLOCK
 _CREATE_KEEPS: Final = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
 _EVICTIONS: Final = 64
@@ -441,7 +443,7 @@ class Binds:
         """Open a regular file and return the handle, a descriptor. *kill_for*: whose O_TRUNC clears suid and sgid."""
         if node.fmt == stat.S_IFDIR:
             raise _error(errno.EISDIR)
-        if flags & _WRITE:
+        if flags & CHANGING:
             _check_writable(node)
         fd = self._without_atime(node, self._path(node), flags & _OPEN_KEEPS | os.O_CLOEXEC)
         if flags & os.O_TRUNC and kill_for is not None:

@@ -28,7 +28,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from unionfs import native
-from unionfs.bind import BindDirHandle, BindNode, BindPoint, Binds, is_bind
+from unionfs.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
 from unionfs.config import MountConfig
 from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
@@ -53,16 +53,29 @@ class BindingOperations(UnionOperations):
         super().__init__(union, config)
         mountpoint = os.fsencode(os.path.realpath(config.mountpoint))
         self._binds = Binds(union.inodes.map_ino, mountpoint, on_open=_own, on_close=_disown)
+        self._union_read_only = config.read_only
         self._bind_dirs: dict[int, BindDirHandle] = {}
         self._appending: set[int] = set()
         self._not_there = EntryAttributes()
         self._not_there.st_ino = 0
         self._not_there.entry_timeout = 0
 
+    def _check_union(self) -> None:
+        """Raise EROFS for a change of a read-only union: the kernel can't say so, since bind paths may be writable."""
+        if self._union_read_only:
+            raise FUSEError(errno.EROFS)
+
     def init(self) -> None:
         """Called by pyfuse3 before the kernel gets the answer to INIT."""
         super().init()
         native.auto_invalidate()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run what the operations need in the background, for as long as the mount lives."""
+        try:
+            await super().run(task_status)
+        finally:
+            self.detach_all()
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""
@@ -70,11 +83,11 @@ class BindingOperations(UnionOperations):
 
     # -- attaching --
 
-    def attach(self, point: BindPoint) -> None:
-        """Put a bind path in its place; the mount point must exist there. Call it on the loop's thread.
+    async def attach(self, point: BindPoint) -> None:
+        """Put a bind path in its place, and have the kernel forget what it knew there.
 
-        The kernel forgets what it knew there some moments later, see `attached`. Raises OSError: ENOENT or ENOTDIR
-        where the way to the mount point is missing, EBUSY where a path is attached already.
+        The mount point must exist. Not for use in a request: it waits until requests for the mount point are done.
+        Raises OSError: ENOENT or ENOTDIR where the way to the mount point is missing, EBUSY where a path is attached.
         """
         try:
             parent = self._walk(point.target[:-1])
@@ -87,12 +100,7 @@ class BindingOperations(UnionOperations):
             self._binds.hold(parent)
         else:
             parent.nlookup += 1
-        pyfuse3.invalidate_entry_async(parent.id, name, ignore_enoent=True)
-
-    async def attached(self) -> None:
-        """Wait until the kernel has forgotten all that the attached paths cover."""
-        for parent, name in list(self._binds.points):
-            await trio.to_thread.run_sync(_forget_entry, parent, name)
+        await trio.to_thread.run_sync(_forget_entry, parent.id, name)
 
     def _walk(self, names: Sequence[bytes]) -> Dir | BindNode:
         here: Dir | BindNode = self._tree.root
@@ -195,6 +203,7 @@ class BindingOperations(UnionOperations):
     ) -> EntryAttributes:
         """Change attributes."""
         if not is_bind(inode):
+            self._check_union()
             return await super().setattr(inode, attr, fields, fh, ctx)
         kill = self._caller(ctx) if fields.update_size and native.kill_suidgid(ctx.uid) else None
         node = self._binds.node(inode)
@@ -220,6 +229,7 @@ class BindingOperations(UnionOperations):
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         """Create a special or regular file."""
         if not is_bind(parent_inode):
+            self._check_union()
             return await super().mknod(parent_inode, name, mode, rdev, ctx)
         parent = self._binds.directory(parent_inode)
         return self._counted(*self._binds.mknod(parent, name, mode, rdev, self._caller(ctx)))
@@ -228,6 +238,7 @@ class BindingOperations(UnionOperations):
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         """Create a directory."""
         if not is_bind(parent_inode):
+            self._check_union()
             return await super().mkdir(parent_inode, name, mode, ctx)
         parent = self._binds.directory(parent_inode)
         return self._counted(*self._binds.mkdir(parent, name, mode, self._caller(ctx)))
@@ -236,6 +247,7 @@ class BindingOperations(UnionOperations):
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         """Create a symbolic link."""
         if not is_bind(parent_inode):
+            self._check_union()
             return await super().symlink(parent_inode, name, target, ctx)
         parent = self._binds.directory(parent_inode)
         return self._counted(*self._binds.symlink(parent, name, target, self._caller(ctx)))
@@ -247,6 +259,7 @@ class BindingOperations(UnionOperations):
         if bound != is_bind(new_parent_inode):
             raise FUSEError(errno.EXDEV)
         if not bound:
+            self._check_union()
             return await super().link(inode, new_parent_inode, new_name, ctx)
         node, parent = self._binds.node(inode), self._binds.directory(new_parent_inode)
         return self._counted(node, self._binds.link(node, parent, new_name))
@@ -258,6 +271,7 @@ class BindingOperations(UnionOperations):
         if is_bind(parent_inode):
             self._binds.unlink(self._binds.directory(parent_inode), name)
         else:
+            self._check_union()
             await super().unlink(parent_inode, name, ctx)
 
     @handler
@@ -267,6 +281,7 @@ class BindingOperations(UnionOperations):
         if is_bind(parent_inode):
             self._binds.rmdir(self._binds.directory(parent_inode), name)
         else:
+            self._check_union()
             await super().rmdir(parent_inode, name, ctx)
 
     @handler
@@ -287,6 +302,7 @@ class BindingOperations(UnionOperations):
         if bound != is_bind(parent_inode_new):
             raise FUSEError(errno.EXDEV)
         if not bound:
+            self._check_union()
             await super().rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx)
             return
         old_dir, new_dir = binds.directory(parent_inode_old), binds.directory(parent_inode_new)
@@ -298,6 +314,8 @@ class BindingOperations(UnionOperations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; the handle is the number of a descriptor of it."""
         if not is_bind(inode):
+            if flags & CHANGING:
+                self._check_union()
             return await super().open(inode, flags, ctx)
         kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._binds.node(inode)
@@ -317,6 +335,7 @@ class BindingOperations(UnionOperations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Create a file and open it."""
         if not is_bind(parent_inode):
+            self._check_union()
             return await super().create(parent_inode, name, mode, flags, ctx)
         who = self._caller(ctx)
         kill = who if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
@@ -447,6 +466,7 @@ class BindingOperations(UnionOperations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
         if not is_bind(inode):
+            self._check_union()
             await super().setxattr(inode, name, value, ctx)
             return
         flags = native.xattr_flags()
@@ -458,6 +478,7 @@ class BindingOperations(UnionOperations):
         if is_bind(inode):
             self._binds.removexattr(self._binds.node(inode), os.fsdecode(name))
         else:
+            self._check_union()
             await super().removexattr(inode, name, ctx)
 
 

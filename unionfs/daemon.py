@@ -172,9 +172,9 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     operations = _operations(config, union, life)
     with _stderr_captured() as said:
         try:
-            # The kernel's own `ro` would cover the volumes that the daemon serves, too; the union refuses by itself.
-            options = libfuse_options(config) - ({"ro"} if life.volumes.needs_fuse else set())
-            pyfuse3.init(operations, config.mountpoint, options)
+            pyfuse3.init(
+                operations, config.mountpoint, libfuse_options(config, ro_possible=not life.volumes.needs_fuse)
+            )
         except RuntimeError as error:
             raise MountFailed(f"can't mount on {config.mountpoint}: {said() or error}") from None
     try:
@@ -244,7 +244,7 @@ class _Life:
             from unionfs.bind_ops import BindingOperations
 
             assert isinstance(operations, BindingOperations)
-            trio.from_thread.run_sync(operations.attach, point)
+            trio.from_thread.run(operations.attach, point)
 
         try:
             await trio.to_thread.run_sync(self.volumes.establish, attach)
@@ -300,14 +300,17 @@ class _Life:
         return path
 
 
-def libfuse_options(config: MountConfig) -> set[str]:
-    """Return the -o options for libfuse: the mount shows as type fuse.unionfs and source `config.fsname`."""
+def libfuse_options(config: MountConfig, *, ro_possible: bool = True) -> set[str]:
+    """Return the -o options for libfuse: the mount shows as type fuse.unionfs and source `config.fsname`.
+
+    `ro_possible` is False where the kernel must let changes through, for bind paths that the daemon serves.
+    """
     name = config.fsname.replace("\\", "\\\\").replace(",", "\\,")
     options = {f"fsname={name}", f"subtype={FUSE_TYPE.removeprefix('fuse.')}", "default_permissions"}
     options |= set(config.mount_options)
     if config.allow_other:
         options.add("allow_other")
-    if config.read_only:
+    if config.read_only and ro_possible:
         options.add("ro")
     return options
 

@@ -467,6 +467,28 @@ def test_read_only(make_stack: StackMaker) -> None:
     assert (mnt / "ro/f").read_bytes() == b"through the other"
 
 
+def test_in_a_read_only_union(make_stack: StackMaker) -> None:
+    """The bind path is writable, the union is not: with upper or without."""
+    for name in ("with", "without"):
+        stack = make_stack("union", name=name)
+        host = build(stack.base / "host", {})
+        for layer in (stack.lower, stack.up):
+            build(layer, {"bind": {}, "f": b"text", "d": {}})
+            os.symlink("f", layer / "l")
+            os.setxattr(layer / "f", "user.x", b"1")
+        before = snapshot(stack.up)
+        if name == "without":
+            stack.upper = None
+        stack.mount("ro", extra=["--bind-mode", "fuse", "-v", f"{host}:/bind"])
+        for what, change in changes(stack.mnt).items():
+            with pytest.raises(OSError) as failed:  # noqa: PT011
+                change()
+            assert failed.value.errno == errno.EROFS, f"{what}: {failed.value}"
+        (stack.mnt / "bind/f").write_bytes(b"new")
+        assert (host / "f").read_bytes() == b"new"
+        assert snapshot(stack.base / "upper") == before
+
+
 # --- others' files ----------------------------------------------------------------------------------
 
 

@@ -12,12 +12,14 @@ import mmap
 import os
 import select
 import signal
+import sqlite3
 import stat
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +333,11 @@ def test_two_mounts_share_a_volume(place: Place) -> None:
 def test_sqlite_in_wal_mode(place: Place) -> None:
     """A database with a shared-memory file: shared mappings must be coherent between processes of the mount."""
     inside = place.mounted("-v", f"{place.host}:/data") / "data"
+    with closing(sqlite3.connect(inside / "db")) as first:  # sqlite does not wait for others who change the mode, too
+        first.execute("pragma journal_mode=wal")
+        first.execute("create table t (x)")
     program = (
         "import sqlite3, sys; d = sqlite3.connect(sys.argv[1], timeout=30);"
-        "d.execute('pragma journal_mode=wal'); d.execute('create table if not exists t (x)');"
         "[(d.execute('insert into t values (?)', (n,)), d.commit()) for n in range(50)]"
     )
     children = [subprocess.Popen([sys.executable, "-c", program, str(inside / "db")]) for _ in range(3)]

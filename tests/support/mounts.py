@@ -203,7 +203,8 @@ class Stack:
         _run_mount(command)
 
     def _mount_union(self, options: dict[str, str], extra: Sequence[str], under: Sequence[str]) -> None:
-        command = [*under, sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.log), *extra]
+        store = ["--root", str(self.base / "store")] if "-v" in extra else []
+        command = [*under, sys.executable, "-m", "unionfs", *store, "mount", "--log-file", str(self.log), *extra]
         if options:
             command += ["-o", options_text(options)]
         if self.upper is not None:
