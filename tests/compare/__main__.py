@@ -16,15 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.compare import machine, report
 from tests.compare.bench import Bench
 from tests.compare.chart import chart
+from tests.compare.processes import last_line
 from tests.compare.report import Comparison
+from tests.compare.show import Show
 from tests.compare.stage import QUICK, Sizes, Stage
-from tests.compare.subjects import SUBJECTS, Subject, Unavailable, clear, named
-from tests.compare.workloads import Workload, workloads
+from tests.compare.subjects import clear
+from tests.compare.suites import SUITES, Chosen, Refused, choose
 
 INSIDE = "UNIONFS_COMPARE_INSIDE"
 """Set in the process that --rootless starts in a user namespace."""
@@ -43,10 +44,13 @@ examples:
   scripts/compare --json now.json --chart now.svg
   scripts/compare --subjects overlayfs,unionfs,unionfs+native=off    options after a + are given to the mount
   scripts/compare --rootless                    as root of a user namespace: overlayfs with userxattr, no passthrough
-  scripts/compare --fs xfs                      on a fresh file system of that type (a loop device), not on the disk itself
+  scripts/compare --only volumes                bind paths beside the host directory, and beside copy-up
+  scripts/compare --fs xfs                      copies are reflinks there; overlayfs uses them too
+  scripts/compare --dir /srv                    on that directory's own file system
 
 What is measured: each sample has a new, empty upper layer over the same two lower layers, and a fresh mount. "cold": the
-kernel's caches were emptied just before; "warm": the same work again, directly afterwards. The time is that of the programs from
+kernel's caches were emptied just before; "warm": the same work again, directly afterwards. Everything lies on one new file
+system, so that nobody else's writes are waited for (a loop device; on the disk itself with --fs none). The time is that of the programs from
 start to end; where a program's own start would be a good part of it (fio, SQLite, stat) it is what the program says. File systems
 are synced before each timed run and not within it; a workload called "fsync" pays for that in its time.
 
@@ -95,8 +99,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return _in_user_namespace(words)
     if os.geteuid() and not arguments.rootless:
         return _refuse("mounting overlayfs needs root: run this as root, or with --rootless")
-    if arguments.rootless and arguments.fs:
+    if arguments.rootless and arguments.fs not in {None, "none"}:
         return _refuse("--fs needs a loop device, which --rootless can't have: leave one of them out")
+    if arguments.fs is None and not (arguments.rootless or arguments.dir):
+        arguments.fs = "ext4"
+    if arguments.fs == "none":
+        arguments.fs = None
     if arguments.chart and arguments.chart.suffix != ".svg":
         return _refuse(f"--chart {arguments.chart}: the chart is an SVG file, its name must end in .svg")
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -106,10 +114,6 @@ def main(words: Sequence[str] | None = None) -> int:
             return _compare(arguments, stage)
     except Refused as refused:
         return _refuse(str(refused))
-
-
-class Refused(Exception):
-    """The comparison can't be run as it was asked for; one line says why."""
 
 
 def _refuse(why: str) -> int:
@@ -122,13 +126,14 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def _list() -> None:
-    print("subjects:")
-    for kind in SUBJECTS:
-        print(f"  {kind.kind:16} {(kind.__doc__ or '').splitlines()[0]}")
-    print("workloads:")
-    for workload in workloads(Sizes()):
-        slow = "  (only with --full, or by name)" if workload.full else ""
-        print(f"  {workload.name:16} {workload.group:10} {workload.title}{slow}")
+    for suite in SUITES:
+        print(f"{suite.title.lower()}, subjects:")
+        for kind in suite.subjects:
+            print(f"  {kind.kind:16} {(kind.__doc__ or '').splitlines()[0]}")
+        print(f"{suite.title.lower()}, workloads (name, group):")
+        for workload in suite.workloads(Sizes()):
+            slow = "  (only with --full, or by name)" if workload.full else ""
+            print(f"  {workload.name:16} {workload.group:10} {workload.title}{slow}")
 
 
 def _in_user_namespace(words: Sequence[str] | None) -> int:
@@ -147,7 +152,7 @@ def _default_interrupt() -> None:
 
 @contextmanager
 def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
-    """The directory of this run, on a file system of its own with --fs; gone afterwards, with all mounts in it."""
+    """The directory of this run, on a file system of its own where that was asked for; gone afterwards, with all mounts."""
     parent = (arguments.dir or Path("/var/tmp")).resolve()
     if not parent.is_dir():
         raise Refused(f"--dir {parent}: no such directory")
@@ -157,7 +162,7 @@ def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
     base = Path(tempfile.mkdtemp(prefix="unionfs-compare-", dir=parent))
     try:
         if arguments.fs:
-            _new_file_system(base, arguments.fs, room)
+            _new_file_system(base, arguments.fs, 2 * room)
         yield Stage(base / "stage", QUICK if arguments.quick else Sizes())
     finally:
         # A second interrupt must not leave mounts behind.
@@ -167,103 +172,73 @@ def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
 
 
 def _new_file_system(base: Path, kind: str, size: int) -> None:
-    image = base / "image"
+    """Make a file system in a file and mount it as the stage."""
+    image, stage = base / "image", base / "stage"
     image.touch()
-    os.truncate(image, 2 * size)
-    (base / "stage").mkdir()
-    for command in ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", "loop", str(image), str(base / "stage")]):
+    os.truncate(image, size)
+    stage.mkdir()
+    # ext4 otherwise goes on initialising itself in the background.
+    options = "loop,noinit_itable" if kind == "ext4" else "loop"
+    for command in ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", options, str(image), str(stage)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Refused(f"--fs {kind}: {command[0]}: {done.stderr.strip().splitlines()[-1]}")
-
-
-def _subjects(arguments: argparse.Namespace, stage: Stage, console: Console) -> dict[Subject, str]:
-    """The subjects to measure with their versions; those that are not to be had are named and left out."""
-    found: dict[Subject, str] = {}
-    for name in arguments.subjects or [kind.kind for kind in SUBJECTS]:
-        try:
-            subject = named(name, stage, rootless=arguments.rootless)
-            found[subject] = subject.version()
-        except KeyError:
-            raise Refused(f"no subject is called {name!r}; --list has their names") from None
-        except Unavailable as why:
-            console.print(f"{name}: left out: {why}", highlight=False)
-    if not found:
-        raise Refused("none of the subjects is to be had")
-    return found
-
-
-def _workloads(arguments: argparse.Namespace, sizes: Sizes, console: Console) -> list[Workload]:
-    everything = workloads(sizes)
-    wanted = arguments.only or [each.name for each in everything if arguments.full or not each.full]
-    if unknown := set(wanted) - {each.name for each in everything} - {each.group for each in everything}:
-        raise Refused(f"no workload or group is called {min(unknown)!r}; --list has their names")
-    chosen = []
-    for each in everything:
-        if each.name in wanted or (each.group in wanted and not each.full):
-            if each.missing():
-                console.print(f"{each.name}: left out: {each.missing()}", highlight=False)
-            else:
-                chosen.append(each)
-    return chosen
+            raise Refused(f"--fs {kind}: {command[0]}: {last_line(done.stderr)}; --fs none does without")
 
 
 def _compare(arguments: argparse.Namespace, stage: Stage) -> int:
-    console = Console(stderr=True)
-    subjects = _subjects(arguments, stage, console)
-    chosen = _workloads(arguments, stage.sizes, console)
-    rounds = arguments.rounds or (1 if arguments.quick else 5)
+    """Measure what was asked for and report it; returns the exit status."""
+    console = Console(stderr=True, highlight=False)
+    chosen = choose(stage, arguments.subjects, arguments.only, full=arguments.full, rootless=arguments.rootless)
     cold = machine.can_drop_caches()
-    if not cold:
-        console.print("cold runs are left out: only root may empty the kernel's caches", highlight=False)
+    notes = [f"left out: {line}" for each in chosen for line in each.left_out]
+    notes += [] if cold else ["left out: cold runs; only root may empty the kernel's caches"]
+    for line in notes:
+        console.print(line)
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
     started = datetime.datetime.now(datetime.UTC)
-    names = [subject.name for subject in subjects]
-    with _progress(console) as progress:
-        task = progress.add_task("", total=None)
-        bench = Bench(stage, list(subjects), chosen, cold=cold, advance=lambda text: _advance(progress, task, text))
-        progress.update(task, total=rounds * bench.samples())
-        finished = _rounds(bench, rounds, progress, task)
-    comparison = Comparison(
-        f"medians of {finished} rounds" if finished > 1 else "one round",
-        names,
-        next((name for name in names if name.startswith("unionfs") and not name.startswith("unionfs-fuse")), None),
-        [name for name in ("overlayfs", "fuse-overlayfs") if name in names],
-        list(bench.results.values()),
-    )
+    with Show(console) as show:
+        benches = [Bench(stage, [*each.subjects], each.workloads, cold=cold, advance=show.advance) for each in chosen]
+        show.total(rounds * sum(bench.samples() for bench in benches))
+        loads = _rounds(benches, rounds, show)
+    comparisons = [_comparison(each, bench, len(loads)) for each, bench in zip(chosen, benches, strict=True)]
     about = {
         "format": 1,
         "date": started.isoformat(timespec="seconds"),
         "rounds": rounds,
-        "complete": finished == rounds,
+        "complete": len(loads) == rounds,
         "machine": machine.facts(stage.base),
-        "versions": {subject.name: version for subject, version in subjects.items()},
-        "options": {"rootless": arguments.rootless, "quick": arguments.quick, "fs": arguments.fs},
+        "versions": {subject.name: version for each in chosen for subject, version in each.subjects.items()},
+        "options": {name: getattr(arguments, name) for name in ("rootless", "quick", "full", "fs", "only")},
+        "left_out": notes,
         "sizes": vars(stage.sizes),
         "content": stage.described,
-        "load": bench.loads,
+        "load": loads,
     }
-    _write(arguments, about, comparison, console)
-    return 0 if finished == rounds else 130
+    _write(arguments, about, comparisons)
+    return 0 if len(loads) == rounds else 130
 
 
-def _rounds(bench: Bench, rounds: int, progress: Progress, task: object) -> int:
-    """Run the rounds; an interrupt ends them, and what was measured until then counts. Returns how many were complete."""
-    for number in range(rounds):
-        try:
-            bench.round(number)
-        except KeyboardInterrupt:
-            progress.console.print("interrupted: what follows is what was measured until now")
-            return number
-    return rounds
+def _rounds(benches: Sequence[Bench], rounds: int, show: Show) -> list[float]:
+    """Run the rounds; an interrupt ends them, and what was measured until then counts.
+
+    Returns:
+        The machine's load after each complete round.
+    """
+    loads: list[float] = []
+    try:
+        for number in range(rounds):
+            for bench in benches:
+                bench.round(number)
+            loads.append(machine.load())
+    except KeyboardInterrupt:
+        show.say("interrupted; what follows is what was measured until now")
+    return loads
 
 
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
-
-
-def _advance(progress: Progress, task: object, text: str) -> None:
-    progress.update(task, description=text)  # type: ignore[arg-type]
+def _comparison(chosen: Chosen, bench: Bench, rounds: int) -> Comparison:
+    names = [subject.name for subject in chosen.subjects]
+    title = f"{chosen.suite.title}: {'one round' if rounds == 1 else f'medians of {rounds} rounds'}"
+    return Comparison(title, names, chosen.suite.pairs(names), list(bench.results.values()))
 
 
 def _wide(console: Console) -> Console:
@@ -273,16 +248,17 @@ def _wide(console: Console) -> Console:
     return console
 
 
-def _write(arguments: argparse.Namespace, about: dict[str, object], comparison: Comparison, console: Console) -> None:
+def _write(arguments: argparse.Namespace, about: dict[str, object], comparisons: Sequence[Comparison]) -> None:
     if arguments.json:
-        whole = {**about, "comparisons": [report.as_json(comparison)]}
+        whole = {**about, "comparisons": [report.as_json(each) for each in comparisons]}
         arguments.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     if arguments.chart:
-        arguments.chart.write_text(chart(comparison))
-    if arguments.markdown:
-        print(report.markdown(comparison), end="")
-    else:
-        report.terminal(comparison, _wide(Console()))
+        arguments.chart.write_text(chart(comparisons[0]))
+    for each in comparisons:
+        if arguments.markdown:
+            print(report.markdown(each))
+        else:
+            report.terminal(each, _wide(Console()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field
 from tests.compare import machine
 from tests.compare.processes import Failed
 from tests.compare.stage import IN_SOURCE, Site, Stage
-from tests.compare.subjects import Subject, clear
-from tests.compare.workloads import COLD, Sample, Workload
+from tests.compare.subjects import Ours, Subject, clear
+from tests.compare.workloads import COLD, Pair, Sample, Workload
 
 NOISE = 1.03
 """A goal counts as missed beyond it by more than this factor."""
+LIMIT = "limit"
 
 
 @dataclass
@@ -41,22 +43,35 @@ class Result:
         above, below = self.median(subject), self.median(other)
         return above / below if above is not None and below else None
 
-    def missed(self, subject: str) -> dict[str, float]:
-        """The goals that `subject` misses: the ratio to each other subject, or to the `limit`, where it is too large."""
-        goal = self.workload.goal
-        ratios = {other: self.ratio(subject, other) for other in goal}
-        missed = {other: ratio for other, ratio in ratios.items() if ratio is not None and ratio > NOISE * goal[other]}
-        median = self.median(subject)
-        if self.workload.limit and median and median > self.workload.limit:
-            missed["limit"] = median / self.workload.limit
+    def missed(self, names: Sequence[str]) -> dict[Pair, float]:
+        """The goals that are missed: the ratio of a subject to another where it is too large; or to the "limit"."""
+        missed: dict[Pair, float] = {}
+        for name, other in itertools.permutations(names, 2):
+            goal, ratio = self.workload.goal.get((kind(name), kind(other))), self.ratio(name, other)
+            if goal is not None and ratio is not None and ratio > NOISE * goal:
+                missed[name, other] = ratio
+        limit = self.workload.limit
+        for name in names if limit else ():
+            median = self.median(name)
+            if kind(name) == Ours.kind and limit and median and median > limit:
+                missed[name, LIMIT] = median / limit
         return missed
+
+    def goal(self, pair: Pair) -> float:
+        """What `missed` held the ratio of a pair of names against."""
+        return self.workload.goal[kind(pair[0]), kind(pair[1])]
+
+
+def kind(name: str) -> str:
+    """The kind of a subject out of its name, which has options too."""
+    return name.split("+", maxsplit=1)[0]
 
 
 class Bench:
     """Measures `workloads` on `subjects`, sample by sample.
 
     Args:
-        advance: called before each sample with a line that says what comes, and after the last with an empty one.
+        advance: called after each sample with what it was, a line.
         cold: whether cold runs are wanted and possible.
     """
 
@@ -74,7 +89,6 @@ class Bench:
         self._workloads = workloads
         self._cold = cold
         self._advance = advance
-        self.loads: list[float] = []
         self.results = {
             (workload.name, phase): Result(workload, phase)
             for workload in workloads
@@ -88,14 +102,12 @@ class Bench:
 
     def round(self, number: int) -> None:
         """One sample of everything; who comes first changes from round to round and from workload to workload."""
-        self.loads.append(machine.load())
         for position, workload in enumerate(self._workloads):
             first = (number + position) % len(self._subjects)
             for subject in (*self._subjects[first:], *self._subjects[:first]):
                 if workload.applies(subject):
-                    self._advance(f"{workload.title}: {subject.name}")
                     self._sample(workload, subject)
-        self._advance("")
+                    self._advance(f"round {number + 1}, {workload.title}: {subject.name}")
 
     def _sample(self, workload: Workload, subject: Subject) -> None:
         rows = [

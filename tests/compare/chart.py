@@ -29,10 +29,9 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 
 def chart(comparison: Comparison) -> str:
     """An SVG with a row for each workload and a mark for each subject; left is faster."""
-    reference = comparison.references[0] if comparison.references else comparison.subjects[0]
+    ours, reference = comparison.ratios[0] if comparison.ratios else (comparison.subjects[-1], comparison.subjects[0])
     rows = [result for result in comparison.results if result.median(reference)]
-    others = [name for name in comparison.subjects if name not in {reference, comparison.ours}]
-    shown = [name for name in (comparison.ours, *others) if name]
+    shown = [ours, *(name for name in comparison.subjects if name not in {reference, ours})]
     ratios = [ratio for row in rows for name in shown if (ratio := row.ratio(name, reference))]
     scale = _Scale(min([0.5, *ratios]), max([2.0, *ratios]))
     height = HEAD + ROW * len(rows) + FOOT

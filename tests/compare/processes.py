@@ -22,7 +22,7 @@ class Failed(Exception):
 
 
 def run(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], seconds: float = ACTION_SECONDS
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None, seconds: float = ACTION_SECONDS
 ) -> tuple[float, str]:
     """Run `command` to its end as a process group of its own.
 

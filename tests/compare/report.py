@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tests.compare.bench import Result
+from tests.compare.bench import LIMIT, Result
+from tests.compare.workloads import Pair
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,13 @@ class Comparison:
     Attributes:
         title: of the table.
         subjects: their names, in the order of the columns.
-        ours: the subject whose ratios are shown; None where it was not measured.
-        references: the subjects whose ratio to `ours` has a column.
+        ratios: the pairs of names whose ratio has a column.
     """
 
     title: str
     subjects: Sequence[str]
-    ours: str | None
-    references: Sequence[str]
+    ratios: Sequence[Pair]
     results: Sequence[Result]
-
-    def ratios(self, result: Result) -> list[float | None]:
-        """The ratios of a row, one for each reference."""
-        return [result.ratio(self.ours, other) if self.ours else None for other in self.references]
 
 
 def value(number: float, unit: str) -> str:
@@ -54,10 +49,10 @@ def terminal(comparison: Comparison, console: Console) -> None:
     """Print the table: medians, ratios, and which goals are missed."""
     table = Table(title=comparison.title, title_justify="left")
     table.add_column("workload", no_wrap=True)
-    for subject in comparison.subjects:
-        table.add_column(subject, justify="right", no_wrap=True)
-    for other in comparison.references:
-        table.add_column(f"× {other}", justify="right")
+    for name in comparison.subjects:
+        table.add_column(name, justify="right", no_wrap=True)
+    for pair in comparison.ratios:
+        table.add_column(f"{pair[0]} / {pair[1]}", justify="right")
     group = None
     for result in comparison.results:
         if group not in {None, result.workload.group}:
@@ -72,19 +67,22 @@ def terminal(comparison: Comparison, console: Console) -> None:
 def _cells(comparison: Comparison, result: Result) -> Iterable[Text]:
     for subject in comparison.subjects:
         yield Text(cell(result, subject), style="red" if subject in result.failures else "")
-    missed = result.missed(comparison.ours) if comparison.ours else {}
-    for other, ratio in zip(comparison.references, comparison.ratios(result), strict=True):
-        text = "–" if ratio is None else f"{ratio:.2f}"
-        yield Text(text, style="red" if other in missed else "green" if ratio is not None else "")
+    missed = result.missed(comparison.subjects)
+    for pair in comparison.ratios:
+        ratio = result.ratio(*pair)
+        yield Text(_ratio(ratio), style="red" if pair in missed else "green" if ratio is not None else "")
+
+
+def _ratio(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def remarks(comparison: Comparison) -> list[str]:
     """One line for each row that misses a goal, and for each failure."""
     lines = []
     for result in comparison.results:
-        missed = result.missed(comparison.ours) if comparison.ours else {}
-        if missed:
-            parts = [f"{ratio:.2f} × {other} ({_goal(result, other)})" for other, ratio in missed.items()]
+        parts = [_missed(result, pair, ratio) for pair, ratio in result.missed(comparison.subjects).items()]
+        if parts:
             lines.append(f"goal missed: {result.title}: {', '.join(parts)}")
     for result in comparison.results:
         for reason in dict.fromkeys(result.failures.values()):
@@ -93,19 +91,21 @@ def remarks(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _goal(result: Result, other: str) -> str:
-    if other == "limit":
-        return value(result.workload.limit or 0, result.workload.unit)
-    return f"{result.workload.goal[other]:g}"
+def _missed(result: Result, pair: Pair, ratio: float) -> str:
+    name, other = pair
+    if other == LIMIT:
+        return f"{name} {ratio:.2f} × {value(result.workload.limit or 0, result.workload.unit)}"
+    return f"{name} {ratio:.2f} × {other} (goal: {result.goal(pair):g})"
 
 
 def markdown(comparison: Comparison) -> str:
     """The table for a README."""
-    heads = ["workload", *comparison.subjects, *(f"× {other}" for other in comparison.references)]
+    heads = ["workload", *comparison.subjects, *(f"{name} / {other}" for name, other in comparison.ratios)]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for result in comparison.results:
-        ratios = ["–" if ratio is None else f"{ratio:.2f}" for ratio in comparison.ratios(result)]
-        lines.append(f"| {' | '.join([result.title, *(cell(result, s) for s in comparison.subjects), *ratios])} |")
+        cells = [cell(result, subject) for subject in comparison.subjects]
+        cells += [_ratio(result.ratio(*pair)) for pair in comparison.ratios]
+        lines.append(f"| {' | '.join([result.title, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +114,6 @@ def as_json(comparison: Comparison) -> dict[str, object]:
     return {
         "title": comparison.title,
         "subjects": list(comparison.subjects),
-        "ours": comparison.ours,
         "measurements": [_measurement(comparison, result) for result in comparison.results],
     }
 
@@ -129,11 +128,13 @@ def _measurement(comparison: Comparison, result: Result) -> dict[str, object]:
         "unit": workload.unit,
         "values": result.values,
         "medians": {name: result.median(name) for name in comparison.subjects if result.median(name) is not None},
-        "ratios": {
-            other: {name: round(ratio, 4) for name in comparison.subjects if (ratio := result.ratio(name, other))}
-            for other in comparison.references
-        },
+        "ratios": _pairs({pair: ratio for pair in comparison.ratios if (ratio := result.ratio(*pair)) is not None}),
         "fails": result.failures,
-        "goal": {**workload.goal, **({"limit": workload.limit} if workload.limit else {})},
-        "missed": result.missed(comparison.ours) if comparison.ours else {},
+        "goal": _pairs(workload.goal),
+        "limit": workload.limit,
+        "missed": _pairs(result.missed(comparison.subjects)),
     }
+
+
+def _pairs(numbers: Mapping[Pair, float]) -> dict[str, float]:
+    return {f"{name}/{other}": round(number, 4) for (name, other), number in numbers.items()}

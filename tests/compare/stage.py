@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -269,6 +269,16 @@ def _archive(stage: Stage) -> dict[str, object]:
     return described
 
 
+def _volume(stage: Stage) -> dict[str, object]:
+    """What a volume holds at first (`volumes`), as a directory of the lower layer."""
+    stage.need("archive")
+    volume = stage.lowers[-1] / "volume"
+    described = _data(volume / "data", stage.sizes.random_mib)
+    (volume / "tree").mkdir()
+    subprocess.run(["tar", "-x", "-f", str(stage.source / "tree.tar"), "-C", str(volume / "tree")], check=True)
+    return described
+
+
 def _repository(stage: Stage) -> dict[str, object]:
     """A bare git repository with two commits."""
     work = stage.base / "repository"
@@ -293,8 +303,9 @@ _MAKERS: dict[str, Callable[[Stage], dict[str, object]]] = {
     "many": _many,
     "walk": _walk,
     "one": _one,
+    "volume": _volume,
     "archive": _archive,
     "repository": _repository,
 }
-IN_SOURCE = {"archive", "repository"}
+IN_SOURCE: Set[str] = {"archive", "repository"}
 """Parts that lie in no layer."""

@@ -56,8 +56,8 @@ class Subject(ABC):
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         """The command that mounts it on `site`."""
 
-    def mount(self, site: Site, more: Sequence[str] = ()) -> Path:
-        """Mount on `site`; returns where the content is seen. Raises Failed."""
+    def mount(self, site: Site, more: Sequence[str] = ()) -> None:
+        """Mount on `site`, with `more` options. Raises Failed."""
         # A file takes what the command says: a daemon that keeps its standard error would hold a pipe open.
         log = site.base / "mount.log"
         with log.open("wb") as file:
@@ -75,6 +75,9 @@ class Subject(ABC):
             if time.monotonic() > deadline:
                 raise Failed(f"mount: nothing is mounted; {last_line(log.read_text(errors='replace'))}")
             time.sleep(0.005)
+
+    def where(self, site: Site) -> Path:
+        """The directory in which the content is seen and the work is done."""
         return site.merged
 
     def unmount(self, site: Site, *, spoilt: Sequence[str] = ()) -> float:
@@ -111,7 +114,10 @@ class Bare(Subject):
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         raise NotImplementedError
 
-    def mount(self, site: Site, more: Sequence[str] = ()) -> Path:
+    def mount(self, site: Site, more: Sequence[str] = ()) -> None:
+        pass
+
+    def where(self, site: Site) -> Path:
         return self.stage.bare
 
     def unmount(self, site: Site, *, spoilt: Sequence[str] = ()) -> float:
@@ -194,16 +200,14 @@ class Ours(Subject):
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         lowers, layers = ":".join(map(str, site.lowers)), (str(site.upper), str(site.merged))
         words = [word for option in options for word in ("-o", option)]
-        return [sys.executable, "-m", "unionfs", "mount", *words, "--work", str(site.work), lowers, *layers]
+        return self.unionfs("mount", *words, "--work", str(site.work), lowers, *layers)
+
+    def unionfs(self, *words: str) -> list[str]:
+        """A command of ours; what it remembers stays within the stage."""
+        return [sys.executable, "-m", "unionfs", "--root", str(self.stage.base / "store"), *words]
 
 
 SUBJECTS: tuple[type[Subject], ...] = (Bare, Overlayfs, FuseOverlayfs, UnionfsFuse, Ours)
-
-
-def named(name: str, stage: Stage, *, rootless: bool) -> Subject:
-    """The subject that the command line calls `name`; raises KeyError for one that is not known."""
-    kind, *options = name.split("+")
-    return {subject.kind: subject for subject in SUBJECTS}[kind](stage, options, rootless=rootless)
 
 
 def _layers(site: Site, options: Sequence[str]) -> str:
