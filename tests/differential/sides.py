@@ -29,6 +29,18 @@ def _run(*argv: str, timeout: float = 60) -> None:
         raise MountTrouble(f"{' '.join(argv)}: status {done.returncode}: {done.stderr or done.stdout}")
 
 
+def _run_when_free(*argv: str) -> None:
+    """Run a mount command; a mount namespace that somebody made meanwhile may hold the last mount for a while."""
+    for attempt in range(240):
+        try:
+            _run(*argv)
+            return
+        except MountTrouble as trouble:
+            if attempt == 239 or not any(word in str(trouble) for word in ("busy", "already mounted", "status 4")):
+                raise
+            time.sleep(1)
+
+
 class Backing:
     """The file systems that hold one side's layers: tmpfs, or loop images of a disk file system.
 
@@ -99,26 +111,15 @@ class Side:
         lowers = ":".join(str(self.lower(name)) for name in LOWERS)
         layers = f"lowerdir={lowers},upperdir={self.upper},workdir={self.work}"
         if implementation == "kernel":
-            self._mount_kernel(f"noatime,{layers},{OPTIONS}")
+            _run_when_free("mount", "-t", "overlay", "-o", f"noatime,{layers},{OPTIONS}", "overlay", str(self.merged))
         elif implementation == "ours":
             options = ",".join(filter(None, ("noatime", OPTIONS, self.options)))
             extra = ("--work", str(self.work), "--log-file", str(self.log))
             command = (sys.executable, "-m", "unionfs", "mount", "-o", options, *extra)
-            _run(*command, lowers, str(self.upper), str(self.merged))
+            _run_when_free(*command, lowers, str(self.upper), str(self.merged))
         else:
             _run("/usr/bin/fuse-overlayfs", "-o", f"noatime,allow_other,{layers}", str(self.merged))
         self.serving = implementation
-
-    def _mount_kernel(self, options: str) -> None:
-        """Mount overlayfs; a mount namespace that somebody made meanwhile may hold the last mount for a moment."""
-        for attempt in range(240):
-            try:
-                _run("mount", "-t", "overlay", "-o", options, "overlay", str(self.merged))
-                return
-            except MountTrouble as trouble:
-                if "busy" not in str(trouble) or attempt == 239:
-                    raise
-                time.sleep(1)
 
     def unmount(self) -> None:
         """Unmount and wait until upper and work are free again."""
