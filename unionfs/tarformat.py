@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import struct
 from array import array
@@ -72,12 +73,17 @@ class Progress(Protocol):
 class Root:
     """A directory that is one part of an archive.
 
-    `prefix` is its path in the archive, without slashes at its ends; "" for an archive of one directory, whose members
-    are named ``./...`` as ``tar -C DIR .`` writes them. `directory` is a path or a descriptor.
+    `prefix` is its path in the archive; "" for an archive of one directory, whose members are named ``./...`` as
+    ``tar -C DIR .`` writes them. `directory` is a path or a descriptor.
     """
 
     prefix: str
     directory: str | bytes | int
+
+    @property
+    def parts(self) -> list[bytes]:
+        """The names that the prefix consists of."""
+        return [part for part in os.fsencode(self.prefix).split(b"/") if part not in (b"", b".")]
 
 
 @dataclass(slots=True)
