@@ -129,9 +129,7 @@ def _set_xattr(path: bytes, name: str, value: bytes, *, root: bool) -> None:
     try:
         os.setxattr(path, name, value)
     except OSError as exc:
-        if exc.errno not in _REFUSED:
-            raise
-        of_the_machine = name.startswith(_OF_THE_MACHINE) and name not in _ALWAYS
+        of_the_machine = name.startswith(_OF_THE_MACHINE) and name not in _ALWAYS and exc.errno in _REFUSED
         not_allowed = not root and exc.errno in (errno.EPERM, errno.EACCES)
         if not of_the_machine and not not_allowed:
             raise OSError(exc.errno, f"{exc.strerror} (extended attribute {name})") from exc

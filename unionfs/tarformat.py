@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import struct
 from array import array
@@ -47,6 +48,7 @@ REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b
 _V7_REGULAR, _CONTIGUOUS, _GNU_SPARSE, _GNU_DIRECTORY, _GNU_LABEL = b"\0", b"7", b"S", b"D", b"V"
 _GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _SOLARIS_PAX = b"L", b"K", b"x", b"g", b"X"
 _WITH_DATA: Final = frozenset((REGULAR, _GNU_DIRECTORY))
+_FIRST: Final = "the archive's first entry"
 _KNOWN: Final = frozenset((REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO))
 
 # name mode uid gid size mtime checksum type linkname magic uname gname major minor prefix
@@ -71,12 +73,17 @@ class Progress(Protocol):
 class Root:
     """A directory that is one part of an archive.
 
-    `prefix` is its path in the archive, without slashes at its ends; "" for an archive of one directory, whose members
-    are named ``./...`` as ``tar -C DIR .`` writes them. `directory` is a path or a descriptor.
+    `prefix` is its path in the archive; "" for an archive of one directory, whose members are named ``./...`` as
+    ``tar -C DIR .`` writes them. `directory` is a path or a descriptor.
     """
 
     prefix: str
     directory: str | bytes | int
+
+    @property
+    def parts(self) -> list[bytes]:
+        """The names that the prefix consists of."""
+        return [part for part in os.fsencode(self.prefix).split(b"/") if part not in (b"", b".")]
 
 
 @dataclass(slots=True)
@@ -260,7 +267,7 @@ class Reader:
         self._stream = stream
         self._left = 0  # data of the member at hand not yet read, and the padding after it
         self._padding = 0
-        self._where = "the archive's first entry"
+        self._where = _FIRST
         self._global: dict[bytes, bytes] = {}
 
     def __iter__(self) -> Iterator[Member]:
@@ -338,11 +345,12 @@ class Reader:
 
     def _check(self, block: bytes) -> None:
         rest = block[:148] + b" " * 8 + block[156:]
-        stored, right = self._octal(block[148:156], "checksum"), sum(rest)
+        text, right = block[148:156].partition(b"\0")[0].strip(), sum(rest)
+        stored = int(text, 8) if text and not text.strip(b"01234567") else -1
         # Some old programs added the bytes up as signed numbers.
         if stored != right and stored != right - 256 * sum(byte > 127 for byte in rest):
-            if self._where == "the archive's first entry":
-                raise VolumeError("this is no tar archive")
+            if self._where == _FIRST:
+                raise VolumeError("this is no tar archive, or a damaged one")
             self._fail("the header after it is damaged")
 
     def _number(self, raw: bytes, what: str) -> int:
@@ -356,8 +364,6 @@ class Reader:
         if not text:
             return 0
         if text.strip(b"01234567"):
-            if what == "checksum" and self._where == "the archive's first entry":
-                raise VolumeError("this is no tar archive")
             self._fail(f"the {what} in its header is no number")
         return int(text, 8)
 

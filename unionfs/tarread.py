@@ -27,6 +27,7 @@ from unionfs.tarformat import Member, Reader, Root, Totals, Warn
 
 _ROOT: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
 _NAME_MAX: Final = 255
 _FORMATS: Final = {
     tarformat.SYMLINK: stat.S_IFLNK,
@@ -49,6 +50,10 @@ def unpack(stream: tarformat.Readable, roots: Sequence[Root], *, warn: Warn | No
         reader = Reader(stream)
         totals = Totals()
         for member in reader:
+            for line in _leave_out_foreign(member):
+                totals.warnings += 1
+                if warn is not None:
+                    warn(line)
             with _named(member):
                 _one(member, targets, reader, totals)
         for target in targets:
@@ -63,6 +68,14 @@ def _named(member: Member) -> Iterator[None]:
         yield
     except OSError as exc:
         _refuse(member.name, exc.strerror or str(exc))
+
+
+def _leave_out_foreign(member: Member) -> list[str]:
+    """Take away attributes of other systems, which Linux has no place for; one line for each."""
+    foreign = [name for name in member.xattrs if not name.startswith(_NAMESPACES)]
+    for name in foreign:
+        del member.xattrs[name]
+    return [f"archive entry {_shown(member.name)}: extended attribute {one_line(name)} left out" for name in foreign]
 
 
 def _refuse(name: bytes, reason: str) -> NoReturn:
@@ -118,7 +131,7 @@ class _Target:
     """One directory that is filled."""
 
     def __init__(self, root: Root, stack: ExitStack) -> None:
-        self.prefix: Parts = [part for part in os.fsencode(root.prefix).split(b"/") if part]
+        self.prefix: Parts = root.parts
         self._shown = root.prefix or "the archive"
         if isinstance(root.directory, int):
             self._fd = os.open(b".", _ROOT, dir_fd=root.directory)

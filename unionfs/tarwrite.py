@@ -71,13 +71,13 @@ def write(
 
 def _walk(roots: Sequence[Root], warn: Warn) -> Generator[Found, None, None]:
     """Go through the directories, parents first, names in order. A root in another's tree is no part of that one."""
-    prefixes = {os.fsencode(root.prefix) for root in roots}
+    prefixes = {b"/".join(root.parts) for root in roots}
     for root in roots:
-        prefix = os.fsencode(root.prefix) or b"."
+        prefix = b"/".join(root.parts) or b"."
         try:
             fd = os.dup(root.directory) if isinstance(root.directory, int) else os.open(root.directory, _ROOT)
         except OSError as exc:
-            raise _unreadable(os.fsencode(root.prefix) or b".", exc) from exc
+            raise _unreadable(prefix, exc) from exc
         try:
             with closing(DirStack(fd)) as stack:
                 yield prefix + b"/", stack.fd, os.fstat(stack.fd)
