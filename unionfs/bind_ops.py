@@ -320,9 +320,9 @@ class BindingOperations(UnionOperations):
         kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._binds.node(inode)
         fd = self._binds.open_file(node, flags, kill_for=kill)
-        return self._opened(node, fd, flags)
+        return self._bound_file(node, fd, flags)
 
-    def _opened(self, node: BindNode, fd: int, flags: int) -> FileInfo:
+    def _bound_file(self, node: BindNode, fd: int, flags: int) -> FileInfo:
         if not node.bind.read_only:
             native.own_attributes(node.id, fd, node.ino, 0.0)
         if not self._native and flags & (os.O_APPEND | os.O_ACCMODE) == os.O_APPEND | os.O_WRONLY:
@@ -341,7 +341,7 @@ class BindingOperations(UnionOperations):
         kill = who if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         parent = self._binds.directory(parent_inode)
         node, st, fd = self._binds.create_file(parent, name, mode, flags, who, kill_for=kill)
-        return self._opened(node, fd, flags), self._counted(node, st)
+        return self._bound_file(node, fd, flags), self._counted(node, st)
 
     @handler
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -378,7 +378,7 @@ class BindingOperations(UnionOperations):
         """Open a directory."""
         if not is_bind(inode):
             return await super().opendir(inode, ctx)
-        self._serial += 1
+        self._serial += 2
         self._bind_dirs[self._serial] = BindDirHandle(self._binds.directory(inode))
         return self._serial
 

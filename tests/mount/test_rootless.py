@@ -1,7 +1,8 @@
 """Without privilege: root of a user namespace, and an ordinary user through fusermount3.
 
 Each runs `python -m tests.support.rootless` there, which mounts ours (and, in the namespace, kernel overlayfs with userxattr beside
-it), runs the table of behaviours, and tells each outcome. What overlayfs can do there, ours must do as well.
+it), runs the table of behaviours, and tells each outcome. What overlayfs can do there, ours must do as well; what a plain
+directory can do, a bind path must.
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ def outcomes(text: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def worse_than(found: dict[str, dict[str, str]], oracle: str) -> list[str]:
+def worse_than(found: dict[str, dict[str, str]], oracle: str, ours: str = "union") -> list[str]:
     """What ours could not do and the oracle could."""
-    return [f"{name}: {said}" for name, said in found["union"].items() if said and not found[oracle].get(name, "")]
+    return [f"{name}: {said}" for name, said in found[ours].items() if said and not found[oracle].get(name, "")]
 
 
 @NAMESPACES
 @pytest.mark.fault_seconds(200)
 def test_root_of_a_user_namespace(ground: Path) -> None:
-    done = in_user_namespace([*DRIVER, "overlay", "union", str(ground)], cwd=REPOSITORY, env=environment())
+    done = in_user_namespace(
+        [*DRIVER, "overlay", "union", "plain", "bind", str(ground)], cwd=REPOSITORY, env=environment()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = outcomes(done.stdout)
     assert sum(not said for said in found["overlay"].values()) > 200, "the oracle itself worked"
     assert worse_than(found, "overlay") == []
+    assert worse_than(found, "plain", "bind") == []
 
 
 def as_ordinary_user(script: str, ground: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -83,24 +87,26 @@ def test_ordinary_user_through_fusermount3(ground: Path) -> None:
     driver = " ".join(DRIVER)
     namespace = "unshare -Ur --mount --propagation private"
     done = as_ordinary_user(
-        f"# by fusermount3\n{namespace} {driver} overlay '{ground}'\nexec {driver} union '{ground}'", ground
+        f"# by fusermount3\n{namespace} {driver} overlay '{ground}'\nexec {driver} union plain bind '{ground}'", ground
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = outcomes(done.stdout)
     assert sum(not said for said in found["overlay"].values()) > 100, "the oracle itself worked"
     assert worse_than(found, "overlay") == []
+    assert worse_than(found, "plain", "bind") == []
 
 
 @NAMESPACES
 @pytest.mark.fault_seconds(200)
 def test_ordinary_user_in_a_namespace_of_its_own(ground: Path) -> None:
     driver = " ".join(DRIVER)
-    script = f"exec unshare -Ur --mount --propagation private {driver} overlay union '{ground}'"
+    script = f"exec unshare -Ur --mount --propagation private {driver} overlay union plain bind '{ground}'"
     done = as_ordinary_user(script, ground)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = outcomes(done.stdout)
     assert sum(not said for said in found["overlay"].values()) > 100, "the oracle itself worked"
     assert worse_than(found, "overlay") == []
+    assert worse_than(found, "plain", "bind") == []
 
 
 def test_others_have_no_way_into_a_users_mount(ground: Path) -> None:

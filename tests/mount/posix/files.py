@@ -421,7 +421,7 @@ def o_path_descriptor(d: Path) -> None:
 
 
 # libfuse before 3.17 has no such request.
-@behaviour(unlike="union-lower union-upper union-touched bind-lower bind-upper")
+@behaviour(unlike="union-lower union-upper union-touched bind-lower bind-upper bind-touched")
 def o_tmpfile_gets_a_name_by_link(d: Path) -> None:
     descriptor = os.open(d, os.O_TMPFILE | os.O_RDWR, 0o600)
     os.write(descriptor, b"nameless")
