@@ -179,11 +179,15 @@ class UnionfsFuse(Subject):
 
     def _found(self) -> tuple[str, str]:
         for program in ("/usr/bin/unionfs-fuse", "/usr/bin/unionfs", "/usr/local/bin/unionfs-fuse"):
-            if Path(program).exists():
-                said = re.search(r"unionfs-fuse version: *(\S+)", _ask(program, "--version"))
-                if said:
-                    return program, said[1]
+            if Path(program).exists() and (version := self.asked(program)):
+                return program, version
         raise Unavailable("not installed (Debian and Ubuntu: apt install unionfs-fuse)")
+
+    @staticmethod
+    def asked(*command: str) -> str:
+        """The version of unionfs-fuse that a command says it is; empty if it is something else."""
+        found = re.search(r"^unionfs-fuse version: *(\S+)", _ask(*command, "--version"), re.MULTILINE)
+        return found[1] if found else ""
 
 
 class Ours(Subject):

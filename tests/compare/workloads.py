@@ -224,21 +224,21 @@ def _reading(sizes: Sizes) -> list[Workload]:
     importing = f'$PYTHON -I -S -B -W ignore {IMPORTING} "$PWD/pylib"'
     reads = (f"--size={sizes.read_mib}m", f"--io_size={sizes.random_reads * 4}k")
     return [
-        Script("find", "find and stat", "read", ("tree",), (), both, READ, script=FIND, check=read_all),
-        Script("grep", "grep -r", "read", ("tree",), (), both, READ, script=GREP, check=read_all),
-        Script("import", "Python imports", "read", ("pylib",), (), both, READ, script=importing),
+        Script("find", "find and stat", "reading", ("tree",), (), both, READ, script=FIND, check=read_all),
+        Script("grep", "grep -r", "reading", ("tree",), (), both, READ, script=GREP, check=read_all),
+        Script("import", "Python imports", "reading", ("pylib",), (), both, READ, script=importing),
         Script(
-            "read", "sequential read", "read", ("read",), (), both, READ, script="dd if=read/data of=/dev/null bs=1M"
+            "read", "sequential read", "reading", ("read",), (), both, READ, script="dd if=read/data of=/dev/null bs=1M"
         ),
         Script(
-            *("randread", "random read 4k", "read", ("read",), (), (WARM,), READ),
+            *("randread", "random read 4k", "reading", ("read",), (), (WARM,), READ),
             needs=("fio",),
             prepare="cat read/data >/dev/null",
             script=fio("read/data", "randread", *reads),
             parse=fio_seconds,
         ),
-        Script("ls", "ls -f, many names", "read", ("many",), (), both, READ, script="ls -f many | tail -n 1"),
-        Script("ls-l", "ls -l, many names", "read", ("many",), (), both, READ, script="ls -l many | tail -n 1"),
+        Script("ls", "ls -f, many names", "reading", ("many",), (), both, READ, script="ls -f many | tail -n 1"),
+        Script("ls-l", "ls -l, many names", "reading", ("many",), (), both, READ, script="ls -l many | tail -n 1"),
     ]
 
 
@@ -248,12 +248,12 @@ def _writing(sizes: Sizes) -> list[Workload]:
     rewrite = f"mkdir new && dd if=/dev/zero of=new/data bs=1M count={sizes.random_mib}"
     size = f"--size={sizes.random_mib}m"
     return [
-        Script("write", "sequential write", "write", goal=WRITE, script=write, check=written),
+        Script("write", "sequential write", "writing", goal=WRITE, script=write, check=written),
         Script(
-            "write-fsync", "sequential write, fsync", "write", goal=WRITE, script=f"{write} conv=fsync", check=written
+            "write-fsync", "sequential write, fsync", "writing", goal=WRITE, script=f"{write} conv=fsync", check=written
         ),
         Script(
-            *("randwrite", "random write 4k", "write"),
+            *("randwrite", "random write 4k", "writing"),
             goal=WRITE,
             needs=("fio",),
             prepare=rewrite,
@@ -261,7 +261,7 @@ def _writing(sizes: Sizes) -> list[Workload]:
             parse=fio_seconds,
         ),
         Script(
-            *("randwrite-fsync", "random write 4k, fsync each 64", "write"),
+            *("randwrite-fsync", "random write 4k, fsync each 64", "writing"),
             goal=WRITE,
             needs=("fio",),
             prepare=rewrite,
@@ -269,7 +269,7 @@ def _writing(sizes: Sizes) -> list[Workload]:
             parse=fio_seconds,
         ),
         Script(
-            *("sqlite", "SQLite commits", "write"),
+            *("sqlite", "SQLite commits", "writing"),
             goal=WRITE,
             prepare="mkdir new",
             script=f"$PYTHON -I {PROBE} sqlite new/database {sizes.commits}",
