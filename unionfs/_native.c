@@ -91,11 +91,12 @@ static void *next_symbol(const char *name)
 
 /* ------------------------------------------------------------------ state */
 
-enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, COUNTERS };
+enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, FSYNC,
+	       COUNTERS };
 
 static const char *const counter_names[COUNTERS] = {
 	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
-	"getattr", "setattr", "getxattr",
+	"getattr", "setattr", "getxattr", "fsync",
 };
 
 static uint64_t counters[COUNTERS];
@@ -103,6 +104,8 @@ static struct fuse_session *session; /* pyfuse3's, from our fuse_session_new to 
 static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
 static bool ask_passthrough; /* before INIT: whether to ask for it */
+static bool old_kernel; /* before INIT: take the kernel for one that lacks all that libfuse doesn't know */
+static bool ignore_sync; /* a volatile union: what is written need not last */
 static bool cache_directories; /* whether the kernel may keep listings until it changes the directory itself */
 static bool passthrough; /* after INIT: whether the kernel has it */
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
@@ -529,8 +532,8 @@ static void serve_flush(fuse_req_t req, fuse_ino_t ino UNUSED, struct fuse_file_
 
 /*
  * Python says of a node that its attributes are those of an open descriptor's file, apart from st_ino and perhaps
- * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR and the xattrs that the kernel itself asks for (ACL,
- * capability) are then served here. A node may have several such descriptors.
+ * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR, FSYNC and the xattrs that
+ * the kernel itself asks for (ACL, capability) are then served here. A node may have several such descriptors.
  */
 struct owned {
 	struct owned *next;
@@ -539,7 +542,6 @@ struct owned {
 	nlink_t nlink; /* the st_nlink to show; 0: the file's */
 	int fd;
 	bool path_only; /* O_PATH: fit for fstat alone */
-	bool writable;
 	double timeout;
 };
 
@@ -569,9 +571,10 @@ static bool can_get(const struct owned *owned, const char *name)
 	return !strcmp(name, "security.capability") || !strcmp(name, "system.posix_acl_access");
 }
 
-static bool can_set(const struct owned *owned, int to_set)
+/* A size comes here from ftruncate(2), through its handle; truncate(2) treats times otherwise, and is Python's. */
+static bool can_set(const struct owned *owned, int to_set, bool by_handle)
 {
-	return owned && !owned->path_only && (owned->writable || !(to_set & FUSE_SET_ATTR_SIZE));
+	return owned && !owned->path_only && (by_handle || !(to_set & FUSE_SET_ATTR_SIZE));
 }
 
 /* A write through a backing file may clear suid and sgid without a request: while one is set, the kernel must ask. */
@@ -609,8 +612,11 @@ static struct timespec time_to_set(int to_set, int set, int set_now, struct time
 }
 
 /* In the order that chown, which clears suid, and then chmod and the times need. Returns an errno. */
-static int set_attributes(fuse_req_t req, const struct owned *owned, const struct stat *attr, int to_set)
+static int set_attributes(fuse_req_t req, const struct owned *owned, const struct stat *attr, int to_set,
+			  const struct fuse_file_info *fi)
 {
+	const int known = FUSE_SET_ATTR_SIZE | FUSE_SET_ATTR_MODE | FUSE_SET_ATTR_ATIME | FUSE_SET_ATTR_MTIME |
+			  FUSE_SET_ATTR_ATIME_NOW | FUSE_SET_ATTR_MTIME_NOW;
 	struct timespec times[2] = {
 		time_to_set(to_set, FUSE_SET_ATTR_ATIME, FUSE_SET_ATTR_ATIME_NOW, attr->st_atim),
 		time_to_set(to_set, FUSE_SET_ATTR_MTIME, FUSE_SET_ATTR_MTIME_NOW, attr->st_mtim),
@@ -619,12 +625,13 @@ static int set_attributes(fuse_req_t req, const struct owned *owned, const struc
 	gid_t gid = to_set & FUSE_SET_ATTR_GID ? attr->st_gid : (gid_t)-1;
 
 	if (to_set & FUSE_SET_ATTR_SIZE) {
-		if (ftruncate(owned->fd, attr->st_size))
+		if (ftruncate((int)fi->fh, attr->st_size))
 			return errno;
 		if (request.kill_suidgid)
 			remove_suidgid(req, owned->node, owned->fd);
 	}
-	if (to_set & (FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID) && fchown(owned->fd, uid, gid))
+	/* Nothing to change is what chown(path, -1, -1) sends: it clears suid all the same. */
+	if ((to_set & (FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID) || !(to_set & known)) && fchown(owned->fd, uid, gid))
 		return errno;
 	if (to_set & FUSE_SET_ATTR_MODE && fchmod(owned->fd, attr->st_mode & 07777))
 		return errno;
@@ -638,12 +645,12 @@ static void wrap_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int 
 	const struct owned *owned = find_owned(ino);
 	int error;
 
-	if (!can_set(owned, to_set)) {
+	if (!can_set(owned, to_set, fi)) {
 		python_ops.setattr(req, ino, attr, to_set, fi);
 		return;
 	}
 	counters[SETATTR]++;
-	error = set_attributes(req, owned, attr, to_set);
+	error = set_attributes(req, owned, attr, to_set, fi);
 	if (error)
 		fuse_reply_err(req, error);
 	else
@@ -670,6 +677,26 @@ static void wrap_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size
 		fuse_reply_buf(req, value, (size_t)n);
 }
 
+static void run_fsync(const struct job *job)
+{
+	int error = job->mode ? fdatasync(job->fd) : fsync(job->fd);
+
+	fuse_reply_err(job->req, error ? errno : 0);
+}
+
+static void wrap_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
+{
+	if (!find_owned(ino)) {
+		python_ops.fsync(req, ino, datasync, fi);
+		return;
+	}
+	counters[FSYNC]++;
+	if (ignore_sync)
+		fuse_reply_err(req, 0);
+	else
+		submit(&(struct job){.run = run_fsync, .req = req, .fd = (int)fi->fh, .mode = datasync});
+}
+
 static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, ino;
@@ -693,7 +720,6 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 		.nlink = nlink,
 		.fd = fd,
 		.path_only = flags & O_PATH,
-		.writable = (flags & O_ACCMODE) != O_RDONLY,
 		.timeout = timeout,
 	};
 	*bucket(node) = owned;
@@ -738,18 +764,18 @@ static PyObject *py_disown(PyObject *self UNUSED, PyObject *args)
 /* ------------------------------------------------------------------ the session */
 
 /*
- * pyfuse3 copies the fuse_file_info of a request and hands the copy to fuse_reply_open or fuse_reply_create. Its
- * lock_owner means nothing there: it carries the node of an OPEN whose O_TRUNC must clear suid and sgid.
+ * pyfuse3 copies the fuse_file_info of a request and hands the copy to fuse_reply_open or fuse_reply_create. These
+ * fields mean nothing there: lock_owner carries the node of an OPEN, poll_events whether it must clear suid and sgid.
  */
 static void wrap_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	fi->lock_owner = request.kill_suidgid ? ino : 0;
+	fi->lock_owner = ino;
+	fi->poll_events = request.kill_suidgid;
 	python_ops.open(req, ino, fi);
 }
 
 static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
 {
-	fi->lock_owner = 0; /* a new file has nothing to clear, also when O_TRUNC made the kernel ask for it */
 	python_ops.create(req, parent, name, mode, fi);
 }
 
@@ -761,7 +787,7 @@ static void wrap_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, cons
 
 static void wrap_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	fi->lock_owner = 0;
+	fi->lock_owner = 0; /* no file */
 	fi->cache_readdir = fi->keep_cache = cache_directories;
 	python_ops.opendir(req, ino, fi);
 }
@@ -794,6 +820,7 @@ static void wrap_ops(struct fuse_lowlevel_ops *ops)
 	ops->getattr = wrap_getattr;
 	ops->setattr = wrap_setattr;
 	ops->getxattr = wrap_getxattr;
+	ops->fsync = wrap_fsync;
 	ops->release = wrap_release;
 	ops->open = wrap_open;
 	ops->create = wrap_create;
@@ -888,8 +915,8 @@ static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in
 	struct fuse_init_out *out = (struct fuse_init_out *)(reply + sizeof(struct fuse_out_header));
 	const uint32_t stack_depth = 1; /* layers on stacked file systems go without; an overlay may be put over us */
 
-	if (size < sizeof(struct fuse_out_header) + sizeof(*out))
-		return size; /* an error, or a protocol from before these flags */
+	if (old_kernel || size < sizeof(struct fuse_out_header) + sizeof(*out))
+		return size; /* or an error, or a protocol from before these flags */
 	if (ask_passthrough && in->flags & INIT_EXT && in->flags2 & INIT2_PASSTHROUGH) {
 		out->flags |= INIT_EXT;
 		out->flags2 |= INIT2_PASSTHROUGH;
@@ -983,9 +1010,11 @@ static bool served_here(const struct fuse_buf *buf)
 	case FUSE_FLUSH:
 		return true;
 	case FUSE_GETATTR:
+	case FUSE_FSYNC:
 		return find_owned(in->nodeid);
 	case FUSE_SETATTR:
-		return can_set(find_owned(in->nodeid), (int)((const struct fuse_setattr_in *)body)->valid);
+		return can_set(find_owned(in->nodeid), (int)((const struct fuse_setattr_in *)body)->valid,
+			       ((const struct fuse_setattr_in *)body)->valid & FATTR_FH);
 	case FUSE_GETXATTR: /* a terminated name follows the struct */
 		return can_get(find_owned(in->nodeid), (const char *)body + sizeof(struct fuse_getxattr_in));
 	default:
@@ -1156,12 +1185,16 @@ static struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry)
 HOOK int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
 	int32_t backing_id = take_backing_id(fi->fh);
+	fuse_ino_t node = fi->lock_owner;
 
-	if (fi->lock_owner)
-		remove_suidgid(req, fi->lock_owner, (int)fi->fh);
+	if (node && fi->poll_events)
+		remove_suidgid(req, node, (int)fi->fh);
 	if (backing_id) {
 		struct open_reply reply = passthrough_reply(fi->fh, backing_id);
 
+		/* A shared mapping changes times behind the kernel's back: from now on it must ask, see handles.py. */
+		if (node && (fcntl((int)fi->fh, F_GETFL) & O_ACCMODE) != O_RDONLY)
+			fuse_lowlevel_notify_inval_inode(session, node, -1, 0);
 		counters[PASSTHROUGH]++;
 		return fuse_reply_buf(req, (const char *)&reply, sizeof(reply));
 	}
@@ -1298,6 +1331,18 @@ static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED
 	Py_RETURN_NONE;
 }
 
+static PyObject *py_pretend_old_kernel(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	old_kernel = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_ignore_sync(PyObject *self UNUSED, PyObject *on)
+{
+	ignore_sync = PyObject_IsTrue(on) == 1;
+	Py_RETURN_NONE;
+}
+
 static PyObject *py_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	return PyBool_FromLong(passthrough);
@@ -1369,6 +1414,8 @@ static PyMethodDef methods[] = {
 	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
 	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
+	{"pretend_old_kernel", py_pretend_old_kernel, METH_NOARGS, "Use nothing of the kernel that libfuse doesn't know."},
+	{"ignore_sync", py_ignore_sync, METH_O, "Whether syncing owned files does nothing."},
 	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
 	{"backing_open", py_backing_open, METH_O, "Register a descriptor's file for passthrough; its backing id."},
 	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},

@@ -46,7 +46,7 @@ from types import ModuleType
 _module: ModuleType | None = None
 
 
-def load(*, passthrough: bool = False) -> bool:
+def load(*, passthrough: bool = False, old_kernel: bool = False) -> bool:
     """Load the C extension so that pyfuse3 will find its functions first.
 
     Call this before pyfuse3 is imported; a later first call changes nothing and returns False.
@@ -54,6 +54,7 @@ def load(*, passthrough: bool = False) -> bool:
     Args:
         passthrough: whether to ask the kernel for passthrough, if this process may use it. The mount then counts as
             stacked: one overlay can still be mounted over it, a second one over that can't.
+        old_kernel: whether to use nothing of the kernel that came after 5.15 or so, to try how that works.
 
     Returns:
         Whether the extension is loaded and visible to libraries loaded from now on. That the mounted session goes
@@ -64,6 +65,8 @@ def load(*, passthrough: bool = False) -> bool:
         _module = _import_global()
     if _module is not None and passthrough and _initial_root():
         _module.ask_passthrough()
+    if _module is not None and old_kernel:
+        _module.pretend_old_kernel()
     return _module is not None
 
 
@@ -157,7 +160,7 @@ def answer_ioctl(request: object, error: int, data: bytes = b"") -> None:
 
 
 def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0) -> None:
-    """Have the node's attributes served on `fd`: GETATTR, SETATTR, and GETXATTR of what the kernel asks for
+    """Have the node's attributes served on `fd`: GETATTR, SETATTR, FSYNC, and GETXATTR of what the kernel asks for
     by itself, the ACL and the capability.
 
     Only for a file or directory in upper about whose attributes the union has nothing to decide. It lasts until the
@@ -166,7 +169,7 @@ def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0)
 
     Args:
         node: the node id.
-        fd: a descriptor of the file; with O_PATH only GETATTR is served, and sizes are set only if it is writable.
+        fd: a descriptor of the file; with O_PATH only GETATTR is served.
         ino: the st_ino to show.
         timeout: the attr_timeout to answer, in seconds.
         nlink: the st_nlink to show (1 for a merged directory); 0: the file's own.
@@ -182,6 +185,12 @@ def disown_attributes(node: int, fd: int = -1) -> None:
     """Undo `own_attributes` for one descriptor, or for all of the node: if the open fails, or the union must decide."""
     if _module is not None:
         _module.disown(node, fd)
+
+
+def ignore_sync(on: bool) -> None:
+    """Let FSYNC of files whose attributes are owned do nothing (a volatile union)."""
+    if _module is not None:
+        _module.ignore_sync(on)
 
 
 def cache_directories(on: bool) -> None:
@@ -241,7 +250,9 @@ class IoModes:
     - Don't allow it for a file that has suid or sgid. One may be set later: as long as `passed`, give the attributes of
       a file that has either with attr_timeout 0 (LOOKUP, GETATTR and SETATTR alike). The host clears the bit on the
       next write without a word to us, and the kernel must ask for the mode before it executes the file.
-    - Writes change size and times without a request, too; the kernel asks for them with GETATTR.
+    - Writes change size and times without a request, too; the kernel asks for them with GETATTR. It does not when a
+      shared mapping is written: as long as a passed handle may write, give attr_timeout 0. The attributes that it has
+      when such a handle is opened are dropped by the native layer.
     """
 
     def __init__(self) -> None:
@@ -273,8 +284,8 @@ class IoModes:
         try:
             return int(_module.backing_open(fd))
         except OSError as error:
-            # ELOOP: on a stacked file system; EOPNOTSUPP, EINVAL: a file that can't be one. Only this file, then.
-            self._refused = error.errno == errno.EPERM
+            # ELOOP: on a stacked file system, so are its neighbours. EOPNOTSUPP, EINVAL: only this file can't be one.
+            self._refused = error.errno in (errno.EPERM, errno.ELOOP)
             return 0
 
     def released(self, node: int) -> None:

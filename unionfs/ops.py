@@ -27,6 +27,7 @@ from unionfs import native
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.dirops import Caller
+from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
@@ -75,16 +76,17 @@ class UnionOperations(pyfuse3.Operations):
         self._dir_handles: dict[int, DirHandle] = {}
         self._serial = 0
         self._native = False
+        self._handles = Handles(timeout=self._timeout, read_only=config.upper is None)
         self._invalidations = 0
         union.up.offload = True
 
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has agreed on the protocol."""
         self._native = native.active()
+        native.ignore_sync(self._union.config.volatile)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
-        self._native = native.active()
         task_status.started()
         await trio.sleep_forever()
 
@@ -120,6 +122,8 @@ class UnionOperations(pyfuse3.Operations):
         attr = EntryAttributes()
         attr.st_ino = node.ino if self._native else node.id
         attr.entry_timeout = attr.attr_timeout = self._timeout
+        if node.handles and not self._handles.attributes_stay(node, st.st_mode):
+            attr.attr_timeout = 0
         attr.st_mode = st.st_mode
         attr.st_nlink = self._tree.nlink(node, st)
         attr.st_uid = st.st_uid
@@ -309,6 +313,14 @@ class UnionOperations(pyfuse3.Operations):
         kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
         fd = await self._settled(self._union.open_file, node, flags, kill_for=kill)
+        return self._opened(node, fd, flags)
+
+    def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> FileInfo:
+        try:
+            self._handles.opened(node, fd, flags, st)
+        except BaseException:
+            self._union.close_file(fd)
+            raise
         return FileInfo(fh=fd, keep_cache=True)
 
     @handler
@@ -318,7 +330,8 @@ class UnionOperations(pyfuse3.Operations):
         """Create a file and open it."""
         parent = self._union.directory(parent_inode)
         node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
-        return FileInfo(fh=fd, keep_cache=True), self._made(node, st)
+        info = self._opened(node, fd, flags, st)
+        return info, self._made(node, st)
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -341,6 +354,7 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def release(self, fh: int) -> None:
         """Close an open file."""
+        self._handles.closed(self._union.open_files[fh], fh)
         self._union.close_file(fh)
 
     @handler
