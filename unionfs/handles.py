@@ -40,8 +40,10 @@ class Handles:
         self._modes = native.IoModes()
         self._writers: dict[int, set[int]] = {}  # node id → its passed handles that may write
 
-    def opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> None:
+    def opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> bool:
         """Decide how a handle is opened, just before the answer to OPEN or CREATE.
+
+        Returns whether what the kernel knows of the node's attributes must be invalidated.
 
         Args:
             node: the file.
@@ -52,6 +54,7 @@ class Handles:
         Raises:
             OSError: EINVAL for O_DIRECT where the file system below has none; the handle is not counted then.
         """
+        stale = False
         if self._passing is None:
             self._passing = native.passthrough()
         if self._passing:
@@ -60,8 +63,10 @@ class Handles:
             passed = self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd, st))
             if passed and flags & os.O_ACCMODE != os.O_RDONLY:
                 self._writers.setdefault(node.id, set()).add(fd)
+                stale = True
         if node.flags & (UPPER | META | INDEXED) == UPPER:
             native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._writers else self._timeout)
+        return stale
 
     def _may_pass(self, node: Node, fd: int, st: os.stat_result | None) -> bool:
         if node.flags & META or not (node.flags & UPPER or self._read_only):

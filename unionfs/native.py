@@ -202,6 +202,62 @@ def cache_directories(on: bool) -> None:
         _module.cache_directories(on)
 
 
+Handler = Callable[[int, int, int, int, bytes], bytes | int | None]
+
+
+def answer_directly(handlers: dict[int, Handler], failed: Callable[[BaseException], None]) -> None:
+    """Have requests answered past pyfuse3; `direct` says how. It works only while `readiness` is in force.
+
+    Args:
+        handlers: by opcode: called with node id, uid, gid, pid and the request's body.
+        failed: is told of exceptions that are no OSError.
+    """
+    if _module is not None:
+        _module.set_direct_failed(failed)
+        for opcode, handler in handlers.items():
+            _module.set_direct(opcode, handler)
+
+
+def plain_listings() -> None:
+    """Let the kernel list directories without attributes where it doesn't expect them to be used.
+
+    Call it before the session starts, and only where a direct handler answers READDIR: pyfuse3 has none.
+    """
+    if _module is not None:
+        _module.plain_listings()
+
+
+def pack_entry(
+    node: int, ino: int, entry_timeout: float, timeout: float, nlink: int, blocks: int, st: os.stat_result
+) -> bytes:
+    """Build ``struct fuse_entry_out``.
+
+    Args:
+        node: the node id.
+        ino: the st_ino to show.
+        entry_timeout: for the name, in seconds.
+        timeout: for the attributes, in seconds.
+        nlink: the st_nlink to show; negative: that of *st*.
+        blocks: the st_blocks to show; negative: that of *st*.
+        st: everything else.
+    """
+    assert _module is not None
+    packed: bytes = _module.pack_entry(node, ino, entry_timeout, timeout, nlink, blocks, st)
+    return packed
+
+
+def pack_attributes(ino: int, timeout: float, nlink: int, blocks: int, st: os.stat_result) -> bytes:
+    """Build ``struct fuse_attr_out``; the arguments are those of `pack_entry`."""
+    assert _module is not None
+    packed: bytes = _module.pack_attributes(ino, timeout, nlink, blocks, st)
+    return packed
+
+
+def take_backing(fd: int) -> int:
+    """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
+    return int(_module.take_backing(fd)) if _module is not None else 0
+
+
 def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:
     """Make receiving non-blocking and return its controls (`may_receive`, `drained`, `new_slice`), for `dispatch`.
 

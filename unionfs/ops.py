@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -26,6 +26,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from unionfs import native
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
+from unionfs.direct import Direct
 from unionfs.dirops import Caller
 from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, Node
@@ -80,10 +81,29 @@ class UnionOperations(pyfuse3.Operations):
         self._invalidations = 0
         union.up.offload = True
 
+    def covered(self) -> Mapping[tuple[int, bytes], object] | None:
+        """Where something else than the union's is: (id of a directory, name).
+
+        A subclass that adds other nodes than the union's must say it, or else all requests take pyfuse3's way.
+        """
+        return {} if type(self) is UnionOperations else None
+
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has agreed on the protocol."""
         self._native = native.active()
         native.ignore_sync(self._union.config.volatile)
+        covered = self.covered()
+        if self._native and covered is not None:
+            if not covered and type(self) is UnionOperations:
+                native.plain_listings()
+            self._direct = Direct(
+                self._union,
+                self._handles,
+                self._dir_handles,
+                timeout=self._timeout,
+                invalidate_changed=self._invalidate_changed,
+                covered=covered,
+            )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
@@ -165,11 +185,14 @@ class UnionOperations(pyfuse3.Operations):
         """Tell the kernel about attributes that copy-up changed behind its cache, before it gets the reply."""
         changed = self._union.up.notify_changed
         for node in changed:
-            if node.nlookup:
-                self._invalidations += 1
-                with contextlib.suppress(OSError):
-                    pyfuse3.invalidate_inode(node.id, attr_only=True)
+            self._invalidate(node)
         changed.clear()
+
+    def _invalidate(self, node: Node) -> None:
+        if node.nlookup:
+            self._invalidations += 1
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(node.id, attr_only=True)
 
     async def _settle(self, job: DataCopy) -> None:
         """Run a copy of data in a thread, or wait for whoever does."""
@@ -317,7 +340,8 @@ class UnionOperations(pyfuse3.Operations):
 
     def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> FileInfo:
         try:
-            self._handles.opened(node, fd, flags, st)
+            if self._handles.opened(node, fd, flags, st):
+                self._invalidate(node)
         except BaseException:
             self._union.close_file(fd)
             raise
@@ -379,7 +403,7 @@ class UnionOperations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open a directory."""
         node = self._union.directory(inode)
-        self._serial += 1
+        self._serial += 2  # `direct` takes the odd ones
         self._dir_handles[self._serial] = DirHandle(node)
         return self._serial
 

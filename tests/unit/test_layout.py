@@ -16,7 +16,19 @@ PACKAGE = Path(unionfs.__file__).parent
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union"),
-    *("native", "dispatch", "handles", "ops", "mountinfo", "control", "preflight", "daemon", "unmount", "doctor"),
+    *(
+        "native",
+        "dispatch",
+        "handles",
+        "direct",
+        "ops",
+        "mountinfo",
+        "control",
+        "preflight",
+        "daemon",
+        "unmount",
+        "doctor",
+    ),
     *("cli", "__main__"),
 ]
 
