@@ -6,7 +6,8 @@
  *
  *   fuse_session_new            wraps pyfuse3's table of operations: `init` asks for more capabilities, and what needs
  *                               no union decision (data of open files) is served here, on the host descriptor in fi->fh
- *   fuse_session_receive_buf    reads the device without blocking, and answers on the spot what is served here
+ *   fuse_session_receive_buf    reads the device without blocking, and answers on the spot what is served here, or by
+ *                               handlers that are called past pyfuse3 (direct.py)
  *   fuse_session_process_buf    sees every raw request first: protocol flags that libfuse drops, and the INIT exchange
  *   fuse_reply_open/_create/... add to the answers what pyfuse3 can't express
  *
@@ -91,11 +92,12 @@ static void *next_symbol(const char *name)
 
 /* ------------------------------------------------------------------ state */
 
-enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, COUNTERS };
+enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, FSYNC,
+	       DIRECT, COUNTERS };
 
 static const char *const counter_names[COUNTERS] = {
 	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
-	"getattr", "setattr", "getxattr",
+	"getattr", "setattr", "getxattr", "fsync", "direct",
 };
 
 static uint64_t counters[COUNTERS];
@@ -103,6 +105,9 @@ static struct fuse_session *session; /* pyfuse3's, from our fuse_session_new to 
 static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
 static struct fuse_lowlevel_ops python_ops; /* pyfuse3's own handlers */
 static bool ask_passthrough; /* before INIT: whether to ask for it */
+static bool old_kernel; /* before INIT: take the kernel for one that lacks all that libfuse doesn't know */
+static bool ignore_sync; /* a volatile union: what is written need not last */
+static bool plain_listings; /* before INIT: whether READDIR is answered as well as READDIRPLUS */
 static bool cache_directories; /* whether the kernel may keep listings until it changes the directory itself */
 static bool auto_invalidate; /* before INIT: files change behind the mount, the kernel must look at mtime and size */
 static bool passthrough; /* after INIT: whether the kernel has it */
@@ -536,8 +541,8 @@ static void serve_flush(fuse_req_t req, fuse_ino_t ino UNUSED, struct fuse_file_
 
 /*
  * Python says of a node that its attributes are those of an open descriptor's file, apart from st_ino and perhaps
- * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR and the xattrs that the kernel itself asks for (ACL,
- * capability) are then served here. A node may have several such descriptors.
+ * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR, FSYNC and the xattrs that
+ * the kernel itself asks for (ACL, capability) are then served here. A node may have several such descriptors.
  */
 struct owned {
 	struct owned *next;
@@ -546,7 +551,6 @@ struct owned {
 	nlink_t nlink; /* the st_nlink to show; 0: the file's */
 	int fd;
 	bool path_only; /* O_PATH: fit for fstat alone */
-	bool writable;
 	double timeout;
 };
 
@@ -576,9 +580,15 @@ static bool can_get(const struct owned *owned, const char *name)
 	return !strcmp(name, "security.capability") || !strcmp(name, "system.posix_acl_access");
 }
 
-static bool can_set(const struct owned *owned, int to_set)
+/* A size comes here from ftruncate(2), through its handle; truncate(2) treats times otherwise, and is Python's. */
+#define SETTABLE \
+	(FUSE_SET_ATTR_MODE | FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID | FUSE_SET_ATTR_SIZE | FUSE_SET_ATTR_ATIME | \
+	 FUSE_SET_ATTR_MTIME | FUSE_SET_ATTR_ATIME_NOW | FUSE_SET_ATTR_MTIME_NOW)
+
+/* Nothing to change is what chown(path, -1, -1) sends: it clears suid, and Python knows who may do that. */
+static bool can_set(const struct owned *owned, int to_set, bool by_handle)
 {
-	return owned && !owned->path_only && (owned->writable || !(to_set & FUSE_SET_ATTR_SIZE));
+	return owned && !owned->path_only && to_set & SETTABLE && (by_handle || !(to_set & FUSE_SET_ATTR_SIZE));
 }
 
 /* A write through a backing file may clear suid and sgid without a request: while one is set, the kernel must ask. */
@@ -616,7 +626,8 @@ static struct timespec time_to_set(int to_set, int set, int set_now, struct time
 }
 
 /* In the order that chown, which clears suid, and then chmod and the times need. Returns an errno. */
-static int set_attributes(fuse_req_t req, const struct owned *owned, const struct stat *attr, int to_set)
+static int set_attributes(fuse_req_t req, const struct owned *owned, const struct stat *attr, int to_set,
+			  const struct fuse_file_info *fi)
 {
 	struct timespec times[2] = {
 		time_to_set(to_set, FUSE_SET_ATTR_ATIME, FUSE_SET_ATTR_ATIME_NOW, attr->st_atim),
@@ -626,7 +637,7 @@ static int set_attributes(fuse_req_t req, const struct owned *owned, const struc
 	gid_t gid = to_set & FUSE_SET_ATTR_GID ? attr->st_gid : (gid_t)-1;
 
 	if (to_set & FUSE_SET_ATTR_SIZE) {
-		if (ftruncate(owned->fd, attr->st_size))
+		if (ftruncate((int)fi->fh, attr->st_size))
 			return errno;
 		if (request.kill_suidgid)
 			remove_suidgid(req, owned->node, owned->fd);
@@ -645,12 +656,12 @@ static void wrap_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int 
 	const struct owned *owned = find_owned(ino);
 	int error;
 
-	if (!can_set(owned, to_set)) {
+	if (!can_set(owned, to_set, fi)) {
 		python_ops.setattr(req, ino, attr, to_set, fi);
 		return;
 	}
 	counters[SETATTR]++;
-	error = set_attributes(req, owned, attr, to_set);
+	error = set_attributes(req, owned, attr, to_set, fi);
 	if (error)
 		fuse_reply_err(req, error);
 	else
@@ -677,6 +688,26 @@ static void wrap_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size
 		fuse_reply_buf(req, value, (size_t)n);
 }
 
+static void run_fsync(const struct job *job)
+{
+	int error = job->mode ? fdatasync(job->fd) : fsync(job->fd);
+
+	fuse_reply_err(job->req, error ? errno : 0);
+}
+
+static void wrap_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
+{
+	if (!find_owned(ino)) {
+		python_ops.fsync(req, ino, datasync, fi);
+		return;
+	}
+	counters[FSYNC]++;
+	if (ignore_sync)
+		fuse_reply_err(req, 0);
+	else
+		submit(&(struct job){.run = run_fsync, .req = req, .fd = (int)fi->fh, .mode = datasync});
+}
+
 static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, ino;
@@ -700,7 +731,6 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 		.nlink = nlink,
 		.fd = fd,
 		.path_only = flags & O_PATH,
-		.writable = (flags & O_ACCMODE) != O_RDONLY,
 		.timeout = timeout,
 	};
 	*bucket(node) = owned;
@@ -745,18 +775,18 @@ static PyObject *py_disown(PyObject *self UNUSED, PyObject *args)
 /* ------------------------------------------------------------------ the session */
 
 /*
- * pyfuse3 copies the fuse_file_info of a request and hands the copy to fuse_reply_open or fuse_reply_create. Its
- * lock_owner means nothing there: it carries the node of an OPEN whose O_TRUNC must clear suid and sgid.
+ * pyfuse3 copies the fuse_file_info of a request and hands the copy to fuse_reply_open or fuse_reply_create. These
+ * fields mean nothing there: lock_owner carries the node of an OPEN, poll_events whether it must clear suid and sgid.
  */
 static void wrap_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	fi->lock_owner = request.kill_suidgid ? ino : 0;
+	fi->lock_owner = ino;
+	fi->poll_events = request.kill_suidgid;
 	python_ops.open(req, ino, fi);
 }
 
 static void wrap_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode, struct fuse_file_info *fi)
 {
-	fi->lock_owner = 0; /* a new file has nothing to clear, also when O_TRUNC made the kernel ask for it */
 	python_ops.create(req, parent, name, mode, fi);
 }
 
@@ -768,7 +798,7 @@ static void wrap_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, cons
 
 static void wrap_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	fi->lock_owner = 0;
+	fi->lock_owner = 0; /* no file */
 	fi->cache_readdir = fi->keep_cache = cache_directories;
 	python_ops.opendir(req, ino, fi);
 }
@@ -785,6 +815,8 @@ static void wrap_init(void *userdata, struct fuse_conn_info *conn)
 	want(conn, FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
 	want(conn, FUSE_CAP_DONT_MASK); /* default ACLs override the umask, so ops applies it */
 	want(conn, FUSE_CAP_CACHE_SYMLINKS);
+	if (plain_listings)
+		want(conn, FUSE_CAP_READDIRPLUS_AUTO);
 	conn->want &= ~(unsigned)(FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_WRITEBACK_CACHE);
 	want(conn, auto_invalidate ? FUSE_CAP_AUTO_INVAL_DATA : FUSE_CAP_EXPLICIT_INVAL_DATA);
 	conn->want &= ~(unsigned)FUSE_CAP_HANDLE_KILLPRIV; /* version 2 instead, see process_init */
@@ -801,6 +833,7 @@ static void wrap_ops(struct fuse_lowlevel_ops *ops)
 	ops->getattr = wrap_getattr;
 	ops->setattr = wrap_setattr;
 	ops->getxattr = wrap_getxattr;
+	ops->fsync = wrap_fsync;
 	ops->release = wrap_release;
 	ops->open = wrap_open;
 	ops->create = wrap_create;
@@ -895,8 +928,8 @@ static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in
 	struct fuse_init_out *out = (struct fuse_init_out *)(reply + sizeof(struct fuse_out_header));
 	const uint32_t stack_depth = 1; /* layers on stacked file systems go without; an overlay may be put over us */
 
-	if (size < sizeof(struct fuse_out_header) + sizeof(*out))
-		return size; /* an error, or a protocol from before these flags */
+	if (old_kernel || size < sizeof(struct fuse_out_header) + sizeof(*out))
+		return size; /* or an error, or a protocol from before these flags */
 	if (ask_passthrough && in->flags & INIT_EXT && in->flags2 & INIT2_PASSTHROUGH) {
 		out->flags |= INIT_EXT;
 		out->flags2 |= INIT2_PASSTHROUGH;
@@ -955,6 +988,222 @@ HOOK void fuse_session_process_buf(struct fuse_session *se, const struct fuse_bu
 		REAL(fuse_session_process_buf)(se, buf);
 }
 
+/* ------------------------------------------------------------------ the short way into Python (unionfs/direct.py) */
+
+enum { OPCODES = 64 };
+
+static PyObject *direct[OPCODES]; /* who answers requests with this opcode, if anyone */
+static PyObject *direct_failed; /* is told of errors that are no OSError */
+
+static void reply_raw(struct fuse_session *se, uint64_t unique, int error, const char *data, size_t size)
+{
+	struct fuse_out_header out = {
+		.len = (uint32_t)(sizeof(out) + size),
+		.error = -error,
+		.unique = unique,
+	};
+	struct iovec iov[2] = {
+		{.iov_base = &out, .iov_len = sizeof(out)},
+		{.iov_base = (void *)(uintptr_t)data, .iov_len = size},
+	};
+
+	/* It can only fail because nobody waits for the answer any more. */
+	if (writev(fuse_session_fd(se), iov, size ? 2 : 1) < 0)
+		errno = 0;
+}
+
+/* The errno of the exception that is set, which is cleared. */
+static int errno_of_exception(void)
+{
+	PyObject *type, *value, *traceback;
+	int error = EIO;
+
+	PyErr_Fetch(&type, &value, &traceback);
+	PyErr_NormalizeException(&type, &value, &traceback);
+	if (traceback)
+		PyException_SetTraceback(value, traceback);
+	if (PyErr_GivenExceptionMatches(value, PyExc_OSError)) {
+		PyObject *number = PyObject_GetAttrString(value, "errno");
+
+		if (number && PyLong_Check(number))
+			error = (int)PyLong_AsLong(number);
+		Py_XDECREF(number);
+	} else if (direct_failed) {
+		Py_XDECREF(PyObject_CallOneArg(direct_failed, value));
+	}
+	PyErr_Clear();
+	Py_XDECREF(type);
+	Py_XDECREF(value);
+	Py_XDECREF(traceback);
+	return error > 0 ? error : EIO;
+}
+
+static PyObject *call_direct(PyObject *handler, const struct fuse_in_header *in)
+{
+	PyObject *args[5] = {
+		PyLong_FromUnsignedLongLong(in->nodeid),
+		PyLong_FromUnsignedLong(in->uid),
+		PyLong_FromUnsignedLong(in->gid),
+		PyLong_FromUnsignedLong(in->pid),
+		PyBytes_FromStringAndSize((const char *)(in + 1), (Py_ssize_t)(in->len - sizeof(*in))),
+	};
+	PyObject *result = NULL;
+
+	if (args[0] && args[1] && args[2] && args[3] && args[4])
+		result = PyObject_Vectorcall(handler, args, 5, NULL);
+	for (int i = 0; i < 5; i++)
+		Py_XDECREF(args[i]);
+	return result;
+}
+
+/*
+ * Have Python answer the request at once: with the body of the answer, with an errno, or with None, which leaves the
+ * request to pyfuse3. Returns whether it is done with.
+ */
+static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+	PyObject *result;
+	bool answered = true, silent;
+
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) || in->opcode >= OPCODES || !direct[in->opcode] ||
+	    in->len < sizeof(*in) || in->len > buf->size)
+		return false;
+	silent = in->opcode == FUSE_FORGET || in->opcode == FUSE_BATCH_FORGET;
+	note_request(buf);
+	result = call_direct(direct[in->opcode], in);
+	if (!result) {
+		int error = errno_of_exception();
+
+		if (!silent)
+			reply_raw(se, in->unique, error, NULL, 0);
+	} else if (result == Py_None) {
+		answered = false;
+	} else if (!silent && PyBytes_Check(result)) {
+		reply_raw(se, in->unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
+	} else if (!silent) {
+		reply_raw(se, in->unique, (int)PyLong_AsLong(result), NULL, 0);
+	}
+	PyErr_Clear();
+	Py_XDECREF(result);
+	counters[DIRECT] += answered;
+	return answered;
+}
+
+/* Where os.stat_result has its fields. */
+enum { ST_MODE, ST_INO, ST_DEV, ST_NLINK, ST_UID, ST_GID, ST_SIZE, ST_ATIME_NS = 13, ST_MTIME_NS, ST_CTIME_NS,
+       ST_BLKSIZE, ST_BLOCKS, ST_RDEV };
+
+static long long field(PyObject *st, int index)
+{
+	return PyLong_AsLongLong(PyStructSequence_GetItem(st, index));
+}
+
+static struct timespec time_field(PyObject *st, int index)
+{
+	const long long second = 1000000000;
+	long long ns = field(st, index);
+	long long rest = ((ns % second) + second) % second;
+
+	return (struct timespec){.tv_sec = (ns - rest) / second, .tv_nsec = rest};
+}
+
+static struct fuse_attr attributes_of(PyObject *st, uint64_t ino, long long nlink, long long blocks)
+{
+	struct timespec atime = time_field(st, ST_ATIME_NS);
+	struct timespec mtime = time_field(st, ST_MTIME_NS);
+	struct timespec ctime = time_field(st, ST_CTIME_NS);
+
+	return (struct fuse_attr){
+		.ino = ino,
+		.size = (uint64_t)field(st, ST_SIZE),
+		.blocks = (uint64_t)(blocks < 0 ? field(st, ST_BLOCKS) : blocks),
+		.atime = (uint64_t)atime.tv_sec,
+		.mtime = (uint64_t)mtime.tv_sec,
+		.ctime = (uint64_t)ctime.tv_sec,
+		.atimensec = (uint32_t)atime.tv_nsec,
+		.mtimensec = (uint32_t)mtime.tv_nsec,
+		.ctimensec = (uint32_t)ctime.tv_nsec,
+		.mode = (uint32_t)field(st, ST_MODE),
+		.nlink = (uint32_t)(nlink < 0 ? field(st, ST_NLINK) : nlink),
+		.uid = (uint32_t)field(st, ST_UID),
+		.gid = (uint32_t)field(st, ST_GID),
+		.rdev = (uint32_t)field(st, ST_RDEV),
+		.blksize = (uint32_t)field(st, ST_BLKSIZE),
+	};
+}
+
+static void split_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds)
+{
+	bool endless = seconds >= 1e18;
+
+	*whole = endless ? UINT64_C(1000000000000000000) : seconds > 0 ? (uint64_t)seconds : 0;
+	*nanoseconds = endless || seconds <= 0 ? 0 : (uint32_t)((seconds - (double)*whole) * 1e9);
+}
+
+static bool is_stat(PyObject *st)
+{
+	if (!strcmp(Py_TYPE(st)->tp_name, "os.stat_result"))
+		return true;
+	PyErr_SetString(PyExc_TypeError, "not an os.stat_result");
+	return false;
+}
+
+static PyObject *py_pack_entry(PyObject *self UNUSED, PyObject *const *args, Py_ssize_t count)
+{
+	struct fuse_entry_out out = {0};
+
+	if (count != 7) {
+		PyErr_SetString(PyExc_TypeError, "7 arguments");
+		return NULL;
+	}
+	if (!is_stat(args[6]))
+		return NULL;
+	out.nodeid = PyLong_AsUnsignedLongLong(args[0]);
+	split_seconds(PyFloat_AsDouble(args[2]), &out.entry_valid, &out.entry_valid_nsec);
+	split_seconds(PyFloat_AsDouble(args[3]), &out.attr_valid, &out.attr_valid_nsec);
+	out.attr = attributes_of(args[6], PyLong_AsUnsignedLongLong(args[1]), PyLong_AsLongLong(args[4]),
+				 PyLong_AsLongLong(args[5]));
+	return PyErr_Occurred() ? NULL : PyBytes_FromStringAndSize((const char *)&out, sizeof(out));
+}
+
+static PyObject *py_pack_attributes(PyObject *self UNUSED, PyObject *const *args, Py_ssize_t count)
+{
+	struct fuse_attr_out out = {0};
+
+	if (count != 5) {
+		PyErr_SetString(PyExc_TypeError, "5 arguments");
+		return NULL;
+	}
+	if (!is_stat(args[4]))
+		return NULL;
+	split_seconds(PyFloat_AsDouble(args[1]), &out.attr_valid, &out.attr_valid_nsec);
+	out.attr = attributes_of(args[4], PyLong_AsUnsignedLongLong(args[0]), PyLong_AsLongLong(args[2]),
+				 PyLong_AsLongLong(args[3]));
+	return PyErr_Occurred() ? NULL : PyBytes_FromStringAndSize((const char *)&out, sizeof(out));
+}
+
+static PyObject *py_set_direct(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned int opcode;
+	PyObject *handler;
+
+	if (!PyArg_ParseTuple(args, "IO", &opcode, &handler))
+		return NULL;
+	if (opcode >= OPCODES) {
+		PyErr_SetString(PyExc_ValueError, "no such opcode");
+		return NULL;
+	}
+	Py_XSETREF(direct[opcode], handler == Py_None ? NULL : Py_NewRef(handler));
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_set_direct_failed(PyObject *self UNUSED, PyObject *handler)
+{
+	Py_XSETREF(direct_failed, handler == Py_None ? NULL : Py_NewRef(handler));
+	Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------ receiving (unionfs/dispatch.py says why) */
 
 static bool driving; /* dispatch.py decides when to wait: the device must never block */
@@ -990,9 +1239,11 @@ static bool served_here(const struct fuse_buf *buf)
 	case FUSE_FLUSH:
 		return true;
 	case FUSE_GETATTR:
+	case FUSE_FSYNC:
 		return find_owned(in->nodeid);
 	case FUSE_SETATTR:
-		return can_set(find_owned(in->nodeid), (int)((const struct fuse_setattr_in *)body)->valid);
+		return can_set(find_owned(in->nodeid), (int)((const struct fuse_setattr_in *)body)->valid,
+			       ((const struct fuse_setattr_in *)body)->valid & FATTR_FH);
 	case FUSE_GETXATTR: /* a terminated name follows the struct */
 		return can_get(find_owned(in->nodeid), (const char *)body + sizeof(struct fuse_getxattr_in));
 	default:
@@ -1039,9 +1290,12 @@ static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
 			drained = true;
 			return -EINTR; /* pyfuse3 then goes back to wait_readable */
 		}
-		if (result <= 0 || !served_here(buf))
+		if (result <= 0)
 			return result;
-		fuse_session_process_buf(se, buf);
+		if (served_here(buf))
+			fuse_session_process_buf(se, buf);
+		else if (!answer_directly(se, buf))
+			return result;
 		if (now_ns() >= slice_end)
 			return -EINTR;
 	}
@@ -1122,14 +1376,6 @@ static struct open_reply passthrough_reply(uint64_t fh, int32_t backing_id)
 	};
 }
 
-static void split_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds)
-{
-	bool endless = seconds >= 1e18;
-
-	*whole = endless ? UINT64_C(1000000000000000000) : seconds > 0 ? (uint64_t)seconds : 0;
-	*nanoseconds = endless || seconds <= 0 ? 0 : (uint32_t)((seconds - (double)*whole) * 1e9);
-}
-
 static struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry)
 {
 	const struct stat *st = &entry->attr;
@@ -1163,9 +1409,10 @@ static struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry)
 HOOK int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
 	int32_t backing_id = take_backing_id(fi->fh);
+	fuse_ino_t node = fi->lock_owner;
 
-	if (fi->lock_owner)
-		remove_suidgid(req, fi->lock_owner, (int)fi->fh);
+	if (node && fi->poll_events)
+		remove_suidgid(req, node, (int)fi->fh);
 	if (backing_id) {
 		struct open_reply reply = passthrough_reply(fi->fh, backing_id);
 
@@ -1254,6 +1501,16 @@ static PyObject *py_backing_close(PyObject *self UNUSED, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
+static PyObject *py_take_backing(PyObject *self UNUSED, PyObject *fh)
+{
+	int32_t id = take_backing_id(PyLong_AsUnsignedLongLong(fh));
+
+	if (PyErr_Occurred())
+		return NULL;
+	counters[PASSTHROUGH] += id != 0;
+	return PyLong_FromLong(id);
+}
+
 static PyObject *py_announce_backing(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned int fh;
@@ -1308,6 +1565,24 @@ static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED
 static PyObject *py_auto_invalidate(PyObject *self UNUSED, PyObject *args UNUSED)
 {
 	auto_invalidate = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_plain_listings(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	plain_listings = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_pretend_old_kernel(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	old_kernel = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_ignore_sync(PyObject *self UNUSED, PyObject *on)
+{
+	ignore_sync = PyObject_IsTrue(on) == 1;
 	Py_RETURN_NONE;
 }
 
@@ -1383,10 +1658,20 @@ static PyMethodDef methods[] = {
 	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
 	{"auto_invalidate", py_auto_invalidate, METH_NOARGS, "Ask the kernel to look at mtime and size when mounting."},
+	{"pretend_old_kernel", py_pretend_old_kernel, METH_NOARGS, "Use nothing of the kernel that libfuse doesn't know."},
+	{"ignore_sync", py_ignore_sync, METH_O, "Whether syncing owned files does nothing."},
 	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
 	{"backing_open", py_backing_open, METH_O, "Register a descriptor's file for passthrough; its backing id."},
 	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},
 	{"announce_backing", py_announce_backing, METH_VARARGS, "(fh, id): the reply handing out fh carries id."},
+	{"plain_listings", py_plain_listings, METH_NOARGS, "READDIR is answered, too."},
+	{"take_backing", py_take_backing, METH_O, "The id announced for fh, which no reply of pyfuse3 will carry."},
+	{"set_direct", py_set_direct, METH_VARARGS, "(opcode, handler): who answers such requests at once."},
+	{"set_direct_failed", py_set_direct_failed, METH_O, "Who is told of exceptions that are no OSError."},
+	{"pack_entry", (PyCFunction)(void (*)(void))py_pack_entry, METH_FASTCALL,
+	 "(node, st_ino, entry timeout, attribute timeout, nlink, blocks, stat result): struct fuse_entry_out."},
+	{"pack_attributes", (PyCFunction)(void (*)(void))py_pack_attributes, METH_FASTCALL,
+	 "(st_ino, timeout, nlink, blocks, stat result): struct fuse_attr_out."},
 	{"drive", py_drive, METH_VARARGS, "Never block in receiving; (spin, linger, slice) in seconds."},
 	{"drained", py_drained, METH_NOARGS, "Whether the device had no request at the last look."},
 	{"may_receive", py_may_receive, METH_NOARGS, "Whether to go on receiving without waiting or yielding."},

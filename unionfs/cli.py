@@ -73,6 +73,7 @@ MOUNT_EPILOG = _epilog(
             "fsname=NAME       the source that /proc/mounts shows",
             "whiteout=KIND     how removals are marked: auto, char, xattr, wh",
             "native=off        file data goes through Python",
+            "passthrough=off   the kernel does not read and write files of upper by itself",
         ],
     ),
 )

@@ -30,6 +30,7 @@ RedirectDir = Literal["on", "follow", "nofollow", "off"]
 Xino = Literal["on", "auto", "off"]
 Uuid = Literal["auto", "on", "null", "off"]
 Whiteout = Literal["auto", "char", "xattr", "wh"]
+Passthrough = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 # OVL_MAX_STACK in fs/overlayfs/params.h.
@@ -67,6 +68,7 @@ class MountConfig:
     fsname: str = DEFAULT_FSNAME
     mount_options: tuple[str, ...] = ()
     native: bool = True
+    passthrough: Passthrough = "auto"
     foreground: bool = False
     log_level: LogLevel = "warning"
     log_file: str | None = None
@@ -335,6 +337,7 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "uuid": _set_choice("uuid", get_args(Uuid)),
     "whiteout": _set_choice("whiteout", get_args(Whiteout)),
     "native": _set_bool("native"),
+    "passthrough": _set_choice("passthrough", get_args(Passthrough)),
     "volatile": _volatile,
     "userxattr": _userxattr,
     "nfs_export": _refuse_unless("off", "exporting over NFS is not supported"),

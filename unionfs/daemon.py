@@ -31,7 +31,7 @@ import unionfs
 from unionfs import control, native
 from unionfs.config import MountConfig
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
-from unionfs.mountinfo import FUSE_TYPE, mounted_at
+from unionfs.mountinfo import FUSE_TYPE, mounted_at, place_of, read_mounts
 from unionfs.mountvolumes import MountedVolumes
 from unionfs.volumespec import MountVolumes
 
@@ -49,6 +49,12 @@ START_SECONDS = 30.0
 
 # How many tasks wait for requests, so that none need be started when a handler awaits.
 SESSION_TASKS = 10
+
+# File systems over others, whose files the kernel does not pass.
+STACKED = frozenset(("overlay", "ecryptfs", FUSE_TYPE))
+
+# Environment variable, for tests: not empty lets the native layer work as on a kernel without all that is new.
+OLD_KERNEL = "UNIONFS_OLD_KERNEL"
 
 LOG_BYTES = 1 << 20
 SYSTEM_LOG = "/dev/log"
@@ -148,7 +154,9 @@ def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES)
 
 def _open_and_run(config: MountConfig, life: _Life) -> None:
     _prepare_process()
-    native_loaded = config.native and native.load()  # before pyfuse3, or it would not be found first
+    native_loaded = config.native and native.load(  # before pyfuse3, or it would not be found first
+        passthrough=_wants_passthrough(config), old_kernel=bool(os.environ.get(OLD_KERNEL))
+    )
     _import_pyfuse3()
     if config.native:
         from unionfs import dispatch
@@ -163,6 +171,20 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
         _mount_and_run(config, union, life)
     finally:
         union.close()
+
+
+def _wants_passthrough(config: MountConfig) -> bool:
+    """Whether to ask the kernel for passthrough. It makes the mount count as a stacked file system, as kernel
+    overlayfs does; on layers that are stacked themselves no file could be passed, so that would be for nothing.
+    """
+    if config.passthrough != "auto":
+        return config.passthrough == "on"
+    mounts = read_mounts()
+    try:
+        place = place_of(config.upper or config.lowers[0], mounts)
+    except OSError:
+        return False  # it will be said when the layers are opened
+    return not any(mount.mount_id == place.mount_id and mount.fstype in STACKED for mount in mounts)
 
 
 def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:

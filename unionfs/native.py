@@ -47,7 +47,7 @@ from types import ModuleType
 _module: ModuleType | None = None
 
 
-def load(*, passthrough: bool = False) -> bool:
+def load(*, passthrough: bool = False, old_kernel: bool = False) -> bool:
     """Load the C extension so that pyfuse3 will find its functions first.
 
     Call this before pyfuse3 is imported; a later first call changes nothing and returns False.
@@ -55,6 +55,7 @@ def load(*, passthrough: bool = False) -> bool:
     Args:
         passthrough: whether to ask the kernel for passthrough, if this process may use it. The mount then counts as
             stacked: one overlay can still be mounted over it, a second one over that can't.
+        old_kernel: whether to use nothing of the kernel that came after 5.15 or so, to try how that works.
 
     Returns:
         Whether the extension is loaded and visible to libraries loaded from now on. That the mounted session goes
@@ -65,6 +66,8 @@ def load(*, passthrough: bool = False) -> bool:
         _module = _import_global()
     if _module is not None and passthrough and _initial_root():
         _module.ask_passthrough()
+    if _module is not None and old_kernel:
+        _module.pretend_old_kernel()
     return _module is not None
 
 
@@ -158,7 +161,7 @@ def answer_ioctl(request: object, error: int, data: bytes = b"") -> None:
 
 
 def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0) -> None:
-    """Have the node's attributes served on `fd`: GETATTR, SETATTR, and GETXATTR of what the kernel asks for
+    """Have the node's attributes served on `fd`: GETATTR, SETATTR, FSYNC, and GETXATTR of what the kernel asks for
     by itself, the ACL and the capability.
 
     Only for a file or directory in upper about whose attributes the union has nothing to decide. It lasts until the
@@ -167,7 +170,7 @@ def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0)
 
     Args:
         node: the node id.
-        fd: a descriptor of the file; with O_PATH only GETATTR is served, and sizes are set only if it is writable.
+        fd: a descriptor of the file; with O_PATH only GETATTR is served.
         ino: the st_ino to show.
         timeout: the attr_timeout to answer, in seconds.
         nlink: the st_nlink to show (1 for a merged directory); 0: the file's own.
@@ -183,6 +186,12 @@ def disown_attributes(node: int, fd: int = -1) -> None:
     """Undo `own_attributes` for one descriptor, or for all of the node: if the open fails, or the union must decide."""
     if _module is not None:
         _module.disown(node, fd)
+
+
+def ignore_sync(on: bool) -> None:
+    """Let FSYNC of files whose attributes are owned do nothing (a volatile union)."""
+    if _module is not None:
+        _module.ignore_sync(on)
 
 
 def cache_directories(on: bool) -> None:
@@ -202,6 +211,62 @@ def auto_invalidate() -> None:
     """
     if _module is not None:
         _module.auto_invalidate()
+
+
+Handler = Callable[[int, int, int, int, bytes], bytes | int | None]
+
+
+def answer_directly(handlers: dict[int, Handler], failed: Callable[[BaseException], None]) -> None:
+    """Have requests answered past pyfuse3; `direct` says how. It works only while `readiness` is in force.
+
+    Args:
+        handlers: by opcode: called with node id, uid, gid, pid and the request's body.
+        failed: is told of exceptions that are no OSError.
+    """
+    if _module is not None:
+        _module.set_direct_failed(failed)
+        for opcode, handler in handlers.items():
+            _module.set_direct(opcode, handler)
+
+
+def plain_listings() -> None:
+    """Let the kernel list directories without attributes where it doesn't expect them to be used.
+
+    Call it before the session starts, and only where a direct handler answers READDIR: pyfuse3 has none.
+    """
+    if _module is not None:
+        _module.plain_listings()
+
+
+def pack_entry(
+    node: int, ino: int, entry_timeout: float, timeout: float, nlink: int, blocks: int, st: os.stat_result
+) -> bytes:
+    """Build ``struct fuse_entry_out``.
+
+    Args:
+        node: the node id.
+        ino: the st_ino to show.
+        entry_timeout: for the name, in seconds.
+        timeout: for the attributes, in seconds.
+        nlink: the st_nlink to show; negative: that of *st*.
+        blocks: the st_blocks to show; negative: that of *st*.
+        st: everything else.
+    """
+    assert _module is not None
+    packed: bytes = _module.pack_entry(node, ino, entry_timeout, timeout, nlink, blocks, st)
+    return packed
+
+
+def pack_attributes(ino: int, timeout: float, nlink: int, blocks: int, st: os.stat_result) -> bytes:
+    """Build ``struct fuse_attr_out``; the arguments are those of `pack_entry`."""
+    assert _module is not None
+    packed: bytes = _module.pack_attributes(ino, timeout, nlink, blocks, st)
+    return packed
+
+
+def take_backing(fd: int) -> int:
+    """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
+    return int(_module.take_backing(fd)) if _module is not None else 0
 
 
 def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:
@@ -252,7 +317,9 @@ class IoModes:
     - Don't allow it for a file that has suid or sgid. One may be set later: as long as `passed`, give the attributes of
       a file that has either with attr_timeout 0 (LOOKUP, GETATTR and SETATTR alike). The host clears the bit on the
       next write without a word to us, and the kernel must ask for the mode before it executes the file.
-    - Writes change size and times without a request, too; the kernel asks for them with GETATTR.
+    - Writes change size and times without a request, too; the kernel asks for them with GETATTR. It does not when a
+      shared mapping is written: as long as a passed handle may write, give attr_timeout 0. The attributes that it has
+      when such a handle is opened are dropped by the native layer.
     """
 
     def __init__(self) -> None:
@@ -284,8 +351,8 @@ class IoModes:
         try:
             return int(_module.backing_open(fd))
         except OSError as error:
-            # ELOOP: on a stacked file system; EOPNOTSUPP, EINVAL: a file that can't be one. Only this file, then.
-            self._refused = error.errno == errno.EPERM
+            # ELOOP: on a stacked file system, so are its neighbours. EOPNOTSUPP, EINVAL: only this file can't be one.
+            self._refused = error.errno in (errno.EPERM, errno.ELOOP)
             return 0
 
     def released(self, node: int) -> None:

@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -26,7 +26,9 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from unionfs import native
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
+from unionfs.direct import Direct
 from unionfs.dirops import Caller
+from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
@@ -76,16 +78,36 @@ class UnionOperations(pyfuse3.Operations):
         self._dir_handles: dict[int, DirHandle] = {}
         self._serial = 0
         self._native = False
+        self._handles = Handles(timeout=self._timeout, read_only=config.upper is None)
         self._invalidations = 0
         union.up.offload = True
+
+    def covered(self) -> Mapping[tuple[int, bytes], object] | None:
+        """Where something else than the union's is: (id of a directory, name).
+
+        A subclass that adds other nodes than the union's must say it, or else all requests take pyfuse3's way.
+        """
+        return {} if type(self) is UnionOperations else None
 
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has agreed on the protocol."""
         self._native = native.active()
+        native.ignore_sync(self._union.config.volatile)
+        covered = self.covered()
+        if self._native and covered is not None:
+            if not covered and type(self) is UnionOperations:
+                native.plain_listings()
+            self._direct = Direct(
+                self._union,
+                self._handles,
+                self._dir_handles,
+                timeout=self._timeout,
+                invalidate_changed=self._invalidate_changed,
+                covered=covered,
+            )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
-        self._native = native.active()
         task_status.started()
         await trio.sleep_forever()
 
@@ -121,6 +143,8 @@ class UnionOperations(pyfuse3.Operations):
         attr = EntryAttributes()
         attr.st_ino = node.ino if self._native else node.id
         attr.entry_timeout = attr.attr_timeout = self._timeout
+        if node.handles and not self._handles.attributes_stay(node, st.st_mode):
+            attr.attr_timeout = 0
         attr.st_mode = st.st_mode
         attr.st_nlink = self._tree.nlink(node, st)
         attr.st_uid = st.st_uid
@@ -162,11 +186,14 @@ class UnionOperations(pyfuse3.Operations):
         """Tell the kernel about attributes that copy-up changed behind its cache, before it gets the reply."""
         changed = self._union.up.notify_changed
         for node in changed:
-            if node.nlookup:
-                self._invalidations += 1
-                with contextlib.suppress(OSError):
-                    pyfuse3.invalidate_inode(node.id, attr_only=True)
+            self._invalidate(node)
         changed.clear()
+
+    def _invalidate(self, node: Node) -> None:
+        if node.nlookup:
+            self._invalidations += 1
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(node.id, attr_only=True)
 
     async def _settle(self, job: DataCopy) -> None:
         """Run a copy of data in a thread, or wait for whoever does."""
@@ -311,6 +338,15 @@ class UnionOperations(pyfuse3.Operations):
         kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
         fd = await self._settled(self._union.open_file, node, flags, kill_for=kill)
+        return self._opened(node, fd, flags)
+
+    def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> FileInfo:
+        try:
+            if self._handles.opened(node, fd, flags, st):
+                self._invalidate(node)
+        except BaseException:
+            self._union.close_file(fd)
+            raise
         return FileInfo(fh=fd, keep_cache=True)
 
     @handler
@@ -320,7 +356,8 @@ class UnionOperations(pyfuse3.Operations):
         """Create a file and open it."""
         parent = self._union.directory(parent_inode)
         node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
-        return FileInfo(fh=fd, keep_cache=True), self._made(node, st)
+        info = self._opened(node, fd, flags, st)
+        return info, self._made(node, st)
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -343,6 +380,7 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def release(self, fh: int) -> None:
         """Close an open file."""
+        self._handles.closed(self._union.open_files[fh], fh)
         self._union.close_file(fh)
 
     @handler
@@ -367,7 +405,7 @@ class UnionOperations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open a directory."""
         node = self._union.directory(inode)
-        self._serial += 1
+        self._serial += 2  # `direct` takes the odd ones
         self._dir_handles[self._serial] = DirHandle(node)
         return self._serial
 

@@ -25,7 +25,7 @@ from unionfs.copyup import CopyUp
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
-from unionfs.inodes import Dir, InodeTable, Node
+from unionfs.inodes import IMPURE, Dir, InodeTable, Node
 from unionfs.layers import LayerStack
 from unionfs.listing import Lister
 from unionfs.markers import Format
@@ -165,6 +165,19 @@ class Union:
         node = handle.node
         return self.tree.look(node, entry.name, entry.layer if handle.version == node.version else 0)
 
+    def listed_ino(self, node: Dir, entry: Entry) -> int | None:
+        """Return the ``st_ino`` of a listed entry if the listing is enough to tell, else None.
+
+        Upper objects that were copied up show the number of their origin, merge directories that of their lower part.
+        """
+        child = node.children.get(entry.name)
+        if child is not None:
+            return child.ino
+        if entry.layer == 0 and (not node.is_pure_upper or node.flags & IMPURE):
+            return None
+        layer = self.layers.by_index[entry.layer]
+        return None if layer is None else self.inodes.map_ino(layer.device, entry.ino)
+
     def statfs(self) -> os.statvfs_result:
         """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""
         return os.fstatvfs((self.layers.upper or self.layers.lowers[0]).fd)
@@ -182,6 +195,7 @@ class Union:
         fd = self.tree.open_real(node, flags)
         if flags & os.O_TRUNC and kill_for is not None:
             clear_suidgid(fd, kill_for)
+            self.up.notify_changed.append(node)
         self._opened(node, fd)
         return fd
 

@@ -132,6 +132,7 @@ def test_defaults() -> None:
         ("fsname=base", "fsname", "base"),
         (r"fsname=a\,b", "fsname", "a,b"),
         ("native=off", "native", False),
+        ("passthrough=off", "passthrough", "off"),
         ("allow_other", "allow_other", True),
         ("noatime", "mount_options", ("noatime",)),
         ("nosuid,nodev,noexec", "mount_options", ("nosuid", "nodev", "noexec")),

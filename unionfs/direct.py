@@ -1,0 +1,466 @@
+"""The short way: requests that are answered without pyfuse3.
+
+pyfuse3 makes a coroutine, a context and an attribute object for each request, which costs more than most of them
+need. Where the native layer is in force, it hands the frequent requests as they come from the device to a method of
+`Direct`, named by the opcode: with the node id, the caller's uid, gid and pid, and the bytes of the request's body
+(include/uapi/linux/fuse.h). What the method returns is the answer:
+
+- bytes: the body of the answer;
+- an int: an errno, 0 for success without a body;
+- None: nothing was done, and pyfuse3 shall handle the request. So goes what would have to wait (a copy of data), and
+  what isn't the union's.
+
+An OSError is its errno; any other exception is logged and EIO. Nothing here waits, so each method is atomic.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from unionfs import native
+from unionfs.copyup import DataCopyPending
+from unionfs.dirops import Caller
+from unionfs.handles import Handles
+from unionfs.inodes import INDEXED, META, UNLINKED, Dir, Node
+from unionfs.merge import Entry
+from unionfs.union import Changes, DirHandle, Union
+
+log = logging.getLogger(__name__)
+
+Answer = bytes | int | None
+
+# FUSE_SETATTR's `valid`.
+_MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH, _ATIME_NOW, _MTIME_NOW = (1 << bit for bit in range(9))
+
+_KEEP_CACHE: Final = 1 << 1
+_CACHE_DIR: Final = 1 << 3
+_NO_FLUSH: Final = 1 << 5
+_PASSTHROUGH: Final = 1 << 7
+
+_NAME_MAX: Final = 255
+_DT_SHIFT: Final = 12
+
+_setattr_in: Final = struct.Struct("=IIQQQqqqIIIIIIII").unpack_from
+_open_in: Final = struct.Struct("=II").unpack_from
+_create_in: Final = struct.Struct("=IIII").unpack_from
+_mkdir_in: Final = struct.Struct("=II").unpack_from
+_u64: Final = struct.Struct("=Q").unpack_from
+_rename2_in: Final = struct.Struct("=QII").unpack_from
+_read_in: Final = struct.Struct("=QQI").unpack_from
+_forget_one: Final = struct.Struct("=QQ").iter_unpack
+_open_out: Final = struct.Struct("=QIi").pack
+_dirent: Final = struct.Struct("=QQII").pack
+_DIRENT_SIZE: Final = 24
+_ENTRY_SIZE: Final = 128
+_NO_ENTRY: Final = bytes(_ENTRY_SIZE)
+
+
+class Direct:
+    """Answers the frequent requests of one mount."""
+
+    def __init__(
+        self,
+        union: Union,
+        handles: Handles,
+        dir_handles: dict[int, DirHandle],
+        *,
+        timeout: float,
+        invalidate_changed: Callable[[], None],
+        covered: Mapping[tuple[int, bytes], object],
+    ) -> None:
+        """Share with the operations what both work on.
+
+        Args:
+            union: the union.
+            handles: its open files.
+            dir_handles: its open directories, by handle number.
+            timeout: how long the kernel may keep names and attributes, in seconds.
+            invalidate_changed: tells the kernel of attributes that copy-up changed.
+            covered: (id of a directory, name) where something else than the union's is.
+        """
+        self._union = union
+        self._tree = union.tree
+        self._up = union.up
+        self._dirs = union.dirs
+        self._nodes = union.inodes.nodes
+        self._handles = handles
+        self._dir_handles = dir_handles
+        self._timeout = float(timeout)
+        self._invalidate_changed = invalidate_changed
+        self._covered = covered
+        self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
+        self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(_ENTRY_SIZE - 36)
+        self._serial = 0
+        native.answer_directly(self._handlers(), _failed)
+
+    def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
+        """Return the handlers by opcode."""
+        return {
+            1: self.lookup,
+            2: self.forget,
+            3: self.getattr,
+            4: self.setattr,
+            5: self.readlink,
+            6: self.symlink,
+            9: self.mkdir,
+            10: self.unlink,
+            11: self.rmdir,
+            12: self.rename,
+            14: self.open,
+            18: self.release,
+            27: self.opendir,
+            28: self.readdir,
+            29: self.releasedir,
+            35: self.create,
+            42: self.batch_forget,
+            44: self.readdirplus,
+            45: self.rename2,
+        }
+
+    # -- helpers --
+
+    def _directory(self, node_id: int, name: bytes) -> Dir | None:
+        """Return the union's directory in which *name* is its own, None where pyfuse3 must see to it."""
+        node = self._nodes.get(node_id)
+        if not isinstance(node, Dir) or (self._covered and (node_id, name) in self._covered):
+            return None
+        return node
+
+    def _changed(self) -> None:
+        if self._up.notify_changed:
+            self._invalidate_changed()
+
+    def _entry(self, node: Node, st: os.stat_result) -> bytes:
+        """Build the answer for a name (``struct fuse_entry_out``); the caller counts the lookup."""
+        timeout = attributes = self._timeout
+        blocks = nlink = -1
+        flags = node.flags
+        if flags & (INDEXED | UNLINKED) or node.fmt == stat.S_IFDIR:
+            nlink = self._tree.nlink(node, st)
+        if flags & META:
+            blocks = self._tree.blocks(node, st)
+        if (st.st_nlink > 1 or flags & INDEXED) and self._tree.awaits_links(node, st):
+            timeout = 0.0
+        if node.handles and not self._handles.attributes_stay(node, st.st_mode):
+            attributes = 0.0
+        return native.pack_entry(node.id, node.ino, timeout, attributes, nlink, blocks, st)
+
+    def _attributes(self, node: Node, st: os.stat_result) -> bytes:
+        """Build ``struct fuse_attr_out``."""
+        timeout = self._timeout
+        blocks = nlink = -1
+        flags = node.flags
+        if flags & (INDEXED | UNLINKED) or node.fmt == stat.S_IFDIR:
+            nlink = self._tree.nlink(node, st)
+        if flags & META:
+            blocks = self._tree.blocks(node, st)
+        if node.handles and not self._handles.attributes_stay(node, st.st_mode):
+            timeout = 0.0
+        return native.pack_attributes(node.ino, timeout, nlink, blocks, st)
+
+    def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> bytes:
+        """Build ``struct fuse_open_out``."""
+        try:
+            if self._handles.opened(node, fd, flags, st):
+                self._up.notify_changed.append(node)
+        except BaseException:
+            self._union.close_file(fd)
+            raise
+        backing = native.take_backing(fd)
+        # The kernel refuses passthrough together with flags about a page cache that there is not.
+        return _open_out(fd, _PASSTHROUGH | _NO_FLUSH if backing else _KEEP_CACHE, backing)
+
+    # -- names --
+
+    def lookup(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Find a name."""
+        name = body[:-1]
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        if len(name) > _NAME_MAX:
+            return errno.ENAMETOOLONG
+        looked = self._tree.look(parent, name)
+        if looked is None:
+            return self._absent
+        node, st = looked
+        if node.links:
+            self._tree.prefer(node, parent, name)
+        answer = self._entry(node, st)
+        node.nlookup += 1
+        return answer
+
+    def forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Take lookups off a node."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return None
+        if node.parent is not None:
+            self._tree.forget(node, _u64(body)[0])
+        return 0
+
+    def batch_forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Take lookups off many nodes."""
+        if self._covered:
+            return None
+        for forgotten, count in _forget_one(body[8:]):
+            node = self._nodes.get(forgotten)
+            if node is not None and node.parent is not None:
+                self._tree.forget(node, count)
+        return 0
+
+    def readlink(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Return a symbolic link's target."""
+        node = self._nodes.get(node_id)
+        return None if node is None else self._union.readlink(node)
+
+    def _made(self, made: tuple[Node, os.stat_result]) -> bytes:
+        node, st = made
+        answer = self._entry(node, st)
+        node.nlookup += 1
+        return answer
+
+    def symlink(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Create a symbolic link."""
+        name, target, _ = body.split(b"\0")
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        try:
+            return self._made(self._dirs.symlink(parent, name, target, Caller(uid, gid, 0, pid)))
+        finally:
+            self._changed()
+
+    def mkdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Create a directory."""
+        mode, umask = _mkdir_in(body)
+        name = body[8:-1]
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        try:
+            return self._made(self._dirs.mkdir(parent, name, mode, Caller(uid, gid, umask, pid)))
+        finally:
+            self._changed()
+
+    def unlink(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Remove a file's name."""
+        name = body[:-1]
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        try:
+            self._dirs.unlink(parent, name)
+        except DataCopyPending:
+            return None
+        finally:
+            self._changed()
+        return 0
+
+    def rmdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Remove a directory."""
+        name = body[:-1]
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        try:
+            self._dirs.rmdir(parent, name)
+        finally:
+            self._changed()
+        return 0
+
+    def rename(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Rename."""
+        return self._rename(node_id, _u64(body)[0], body[8:], 0)
+
+    def rename2(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Rename with flags."""
+        new_id, flags, _ = _rename2_in(body)
+        return self._rename(node_id, new_id, body[16:], flags)
+
+    def _rename(self, old_id: int, new_id: int, names: bytes, flags: int) -> Answer:
+        old, new, _ = names.split(b"\0")
+        old_dir, new_dir = self._directory(old_id, old), self._directory(new_id, new)
+        if old_dir is None or new_dir is None:
+            return None
+        try:
+            self._dirs.rename(old_dir, old, new_dir, new, flags)
+        except DataCopyPending:
+            return None
+        finally:
+            self._changed()
+        return 0
+
+    # -- attributes --
+
+    def getattr(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Return attributes."""
+        node = self._nodes.get(node_id)
+        return None if node is None else self._attributes(node, self._tree.stat(node))
+
+    def setattr(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Change attributes."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return None
+        valid, _, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, new_uid, new_gid, _ = _setattr_in(body)
+        who = Caller(uid, gid, 0, pid)
+        kill = who if valid & _SIZE and native.kill_suidgid(uid) else None
+        changes = Changes(
+            mode=mode if valid & _MODE else None,
+            uid=new_uid if valid & _UID else None,
+            gid=new_gid if valid & _GID else None,
+            size=size if valid & _SIZE else None,
+            atime=_time(valid, _ATIME, _ATIME_NOW, atime, atime_ns),
+            mtime=_time(valid, _MTIME, _MTIME_NOW, mtime, mtime_ns),
+        )
+        try:
+            handle = fh if valid & _FH else -1
+            return self._attributes(node, self._union.setattr(node, changes, handle, kill_for=kill, who=who))
+        except DataCopyPending:
+            return None
+        finally:
+            self._changed()
+
+    # -- files --
+
+    def open(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Open a file."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return None
+        flags, _ = _open_in(body)
+        kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
+        try:
+            return self._opened(node, self._union.open_file(node, flags, kill_for=kill), flags)
+        except DataCopyPending:
+            return None
+        finally:
+            self._changed()
+
+    def create(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Create a file and open it."""
+        flags, mode, umask, _ = _create_in(body)
+        name = body[16:-1]
+        parent = self._directory(node_id, name)
+        if parent is None:
+            return None
+        try:
+            node, st, fd = self._union.create_file(parent, name, mode, flags, Caller(uid, gid, umask, pid))
+            opened = self._opened(node, fd, flags, st)
+            return self._made((node, st)) + opened
+        finally:
+            self._changed()
+
+    def release(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Close an open file."""
+        fh = _u64(body)[0]
+        node = self._union.open_files.get(fh)
+        if node is None:
+            return None
+        self._handles.closed(node, fh)
+        self._union.close_file(fh)
+        return 0
+
+    # -- directories --
+
+    def opendir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Open a directory."""
+        node = self._directory(node_id, b"")
+        if node is None or self._covered:
+            return None
+        self._serial += 1
+        handle = self._serial << 1 | 1  # those of pyfuse3's way are even
+        self._dir_handles[handle] = DirHandle(node)
+        return _open_out(handle, _KEEP_CACHE | _CACHE_DIR if self._timeout else 0, 0)
+
+    def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Close a directory."""
+        return None if self._dir_handles.pop(_u64(body)[0], None) is None else 0
+
+    def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """List a directory: names, numbers and types."""
+        return self._list(body, self._bare_entry)
+
+    def readdirplus(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """List a directory with the attributes of each entry."""
+        return self._list(body, self._full_entry)
+
+    def _list(self, body: bytes, pack: Callable[[DirHandle, Entry, int, int], bytes | None]) -> Answer:
+        """Fill an answer with entries; positions are 1 and 2 for the dots, then counted on."""
+        fh, offset, size = _read_in(body)
+        handle = self._dir_handles.get(fh)
+        if handle is None:
+            return None
+        parts: list[bytes] = []
+        node = handle.node
+        prefix = _NO_ENTRY if pack == self._full_entry else b""
+        for position, name in ((1, b"."), (2, b"..")):
+            if offset < position:
+                of = node if position == 1 or node.parent is None else node.parent
+                parts.append(prefix + _bare(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
+                size -= len(parts[-1])
+        for position, entry in self._union.read_entries(handle, max(offset - 2, 0)):
+            packed = pack(handle, entry, position + 2, size)
+            if packed is None:
+                break
+            parts.append(packed)
+            size -= len(packed)
+        return b"".join(parts)
+
+    def _bare_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+        """Pack an entry for READDIR; None where there is no room."""
+        if _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
+            return None
+        ino = self._union.listed_ino(handle.node, entry)
+        kind = entry.kind
+        if ino is None or not kind:
+            looked = self._look_at(handle, entry)
+            if looked is None:
+                return b""
+            ino, kind = looked[0].ino, looked[0].fmt >> _DT_SHIFT
+            self._tree.forget(looked[0], 0)
+        return _bare(ino, position, entry.name, kind)
+
+    def _look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
+        return self._union.look_at(handle, entry)
+
+    def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+        """Pack an entry for READDIRPLUS and count its lookup; None where there is no room."""
+        if _ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
+            return None
+        try:
+            looked = self._union.look_at(handle, entry)
+        except OSError:
+            # Listed all the same: whoever asks for it gets the error.
+            return _NO_ENTRY + _bare(1 << 62, position, entry.name, entry.kind)
+        if looked is None:
+            return b""  # gone since the listing was made
+        node, st = looked
+        packed = self._entry(node, st) + _bare(node.ino, position, entry.name, node.fmt >> _DT_SHIFT)
+        node.nlookup += 1
+        return packed
+
+
+def _bare(ino: int, position: int, name: bytes, kind: int) -> bytes:
+    """Pack ``struct fuse_dirent``."""
+    length = len(name)
+    return _dirent(ino, position, length, kind) + name + bytes(-length % 8)
+
+
+def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
+    """Return a time to set in nanoseconds, None where it is not to be set."""
+    if valid & now:
+        return time.time_ns()
+    return seconds * 1_000_000_000 + nanoseconds if valid & given else None
+
+
+def _failed(exc: BaseException) -> None:
+    log.error("a request failed", exc_info=exc)

@@ -1,0 +1,92 @@
+"""What the kernel and the native layer may do with an open file by themselves.
+
+A handle is the number of a descriptor of the file's data. Opening it decides two things, which last until its RELEASE:
+
+- its *I/O mode* (`native.IoModes`): whether the kernel moves the bytes itself (passthrough), or through its page cache
+  and the daemon. Only a file that can never be copied up any more may pass: one in upper, or any in a union without
+  upper. A lower file stays cached, also after its copy-up, for as long as a handle from before is open: that one's
+  descriptor is exchanged behind its number, which the kernel would not notice.
+- whose its *attributes* are (`native.own_attributes`): those of a file in upper about which the union has nothing to
+  say are read and set on the descriptor.
+
+While a file is open for writing in passthrough mode the kernel does not hear of what a shared mapping writes. So it
+may not keep the attributes (`attributes_stay`), and asks each time.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from unionfs import native
+from unionfs.inodes import INDEXED, META, UPPER, Node
+
+_SUIDGID = stat.S_ISUID | stat.S_ISGID
+
+
+class Handles:
+    """The open files of one mount, as the native layer sees them."""
+
+    def __init__(self, *, timeout: float, read_only: bool) -> None:
+        """Start without any.
+
+        Args:
+            timeout: how long the kernel may keep attributes, in seconds.
+            read_only: whether the union has no upper, so that nothing is ever copied up.
+        """
+        self._timeout = timeout
+        self._read_only = read_only
+        self._passing: bool | None = None  # not known before the first open
+        self._modes = native.IoModes()
+        self._writers: dict[int, set[int]] = {}  # node id → its passed handles that may write
+
+    def opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> bool:
+        """Decide how a handle is opened, just before the answer to OPEN or CREATE.
+
+        Returns whether what the kernel knows of the node's attributes must be invalidated.
+
+        Args:
+            node: the file.
+            fd: the handle, a descriptor of its data.
+            flags: those of open(2).
+            st: its attributes, where they are known.
+
+        Raises:
+            OSError: EINVAL for O_DIRECT where the file system below has none; the handle is not counted then.
+        """
+        stale = False
+        if self._passing is None:
+            self._passing = native.passthrough()
+        if self._passing:
+            if flags & os.O_DIRECT:
+                os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+            passed = self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd, st))
+            if passed and flags & os.O_ACCMODE != os.O_RDONLY:
+                self._writers.setdefault(node.id, set()).add(fd)
+                stale = True
+        if node.flags & (UPPER | META | INDEXED) == UPPER:
+            native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._writers else self._timeout)
+        return stale
+
+    def _may_pass(self, node: Node, fd: int, st: os.stat_result | None) -> bool:
+        if node.flags & META or not (node.flags & UPPER or self._read_only):
+            return False
+        return not (st or os.fstat(fd)).st_mode & _SUIDGID
+
+    def closed(self, node: Node, fd: int) -> None:
+        """Count a handle as gone: on its RELEASE, before the descriptor is closed."""
+        native.disown_attributes(node.id, fd)
+        if not self._passing:
+            return
+        self._modes.released(node.id)
+        writers = self._writers.get(node.id)
+        if writers is not None:
+            writers.discard(fd)
+            if not writers:
+                del self._writers[node.id]
+
+    def attributes_stay(self, node: Node, mode: int) -> bool:
+        """Whether the kernel hears of all that changes the node's attributes, *mode* among them, while it is open."""
+        if node.id in self._writers:
+            return False
+        return not (mode & _SUIDGID and self._modes.passed(node.id))
