@@ -40,7 +40,7 @@ def copy_tree(
     bytes since the last call. With *one_file_system*, of a directory that something is mounted on only the empty
     directory is made, and a file that is a mount point is left out. All is on disk at the return.
 
-    Raises OSError whose filename is the path from *source*; then *target* holds a part, which is the caller's to
+    Raises OSError whose filename is a str, the path from *source*; then *target* holds a part, the caller's to
     remove, as after a KeyboardInterrupt.
     """
     with ExitStack() as stack:
@@ -96,7 +96,7 @@ class _Copy:
                 else:
                     self._leave(level)
         except OSError as exc:
-            raise OSError(exc.errno, exc.strerror, self.source.path(name) or b".") from exc
+            raise OSError(exc.errno, exc.strerror, os.fsdecode(self.source.path(name) or b".")) from exc
 
     def _level(self, *, skip: bool = False) -> _Level:
         fd = self.source.fd
