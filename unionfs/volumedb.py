@@ -191,6 +191,12 @@ class Tables:
         users = {mount for (mount,) in self._db.execute("SELECT mount FROM specs WHERE volume = ?", (volume.id,))}
         return [mount for mount in self.mounts() if mount.id in users and mount.running] if users else []
 
+    def uses(self, volume: Volume) -> int:
+        """Return at how many targets running mounts have a volume."""
+        mounts = [mount for (mount,) in self._db.execute("SELECT mount FROM specs WHERE volume = ?", (volume.id,))]
+        running = {mount.id for mount in self.users(volume)}
+        return sum(mount in running for mount in mounts)
+
     # --- mounts ---
 
     def mounts(self) -> list[MountRow]:

@@ -82,7 +82,7 @@ class Replacing:
     def publish_fill(self, db: Tables, *, shared: bool) -> None:
         """Make the new directory the content if there is none yet.
 
-        Where another mount has the volume open (`shared`) its directory stays and the entries are moved into it.
+        Where others may have the volume open (`shared`) its directory stays and the entries are moved into it.
         """
         if not self.volume.device and not shared:
             try:

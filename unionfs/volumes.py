@@ -499,7 +499,7 @@ class Store:
         work = self._replacing[volume.id]
         try:
             with self._locked() as db:
-                work.publish_fill(db, shared=len(db.users(volume)) > 1)
+                work.publish_fill(db, shared=db.uses(volume) > 1)
         finally:
             self._end_replacing(work)
 

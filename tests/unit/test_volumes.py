@@ -528,6 +528,21 @@ def test_two_mounts_fill_one_volume(store: Store) -> None:
     assert os.stat(one.path).st_ino == inode, "others have this directory open"
 
 
+def test_a_volume_twice_in_a_mount_keeps_its_directory(store: Store) -> None:
+    """The mount may have opened it for the second target before the fill for the first."""
+    _, (one, two) = mount(store, "web:/data", "web:/other")
+    assert one.fill
+    assert two.fill
+    assert one.volume is not None
+    inode = os.stat(two.path).st_ino
+    directory = store.begin_fill(one.volume)
+    assert directory is not None
+    Path(directory, "file").touch()
+    store.end_fill(one.volume)
+    assert os.stat(two.path).st_ino == inode
+    assert os.listdir(two.path) == ["file"]
+
+
 def test_attributes_of_the_first_content(store: Store, ground: Path) -> None:
     (ground / "source").mkdir(mode=0o750)
     os.chown(ground / "source", 12, 34)
