@@ -1,8 +1,8 @@
 """The volumes of one mount, from its start to its end.
 
     prepare      before the union is mounted: volumes are made and marked as used, host paths opened
-    establish    once the mount answers, in a thread (each step is a request to this very daemon): mount points are made
-                 in the union, empty volumes filled, then bound one after the other, outer targets before inner ones
+    establish    once the mount answers, in a thread (each step is a request to this very daemon): empty volumes are
+                 filled, mount points made in the union, and all bound one after the other, outer targets first
     take_down    before the union goes: the kernel's binds are undone in reverse
     close        at the very end: the store learns that the mount is gone
 
@@ -149,15 +149,17 @@ class MountedVolumes:
             return
         root_fd = os.open(self._config.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            # First the content of the union, as long as no volume covers it.
+            filled = {self._fill(root_fd, bind) for bind in self._binds if bind.acquired.fill}
             for bind in self._binds:
+                if bind.acquired.volume is not None and bind.acquired.volume.id in filled:
+                    self._open_again(bind)
                 self._establish(root_fd, bind, attach)
         finally:
             os.close(root_fd)
 
     def _establish(self, root_fd: int, bind: _Bind, attach: Attach) -> None:
         spec = bind.spec
-        if bind.acquired.fill:
-            self._fill(root_fd, bind)
         may_make = self._config.upper is not None and not self._config.read_only
         target_fd = open_target(root_fd, spec.target, is_dir=bind.source.is_dir, make=may_make or self._nested(spec))
         try:
@@ -189,8 +191,8 @@ class MountedVolumes:
         inside = os.path.relpath(destination, self._config.mountpoint)
         return tuple(os.fsencode(inside).split(b"/"))
 
-    def _fill(self, root_fd: int, bind: _Bind) -> None:
-        """Give an empty volume what the union has at its target, then open it anew."""
+    def _fill(self, root_fd: int, bind: _Bind) -> int | None:
+        """Give an empty volume what the union has at its target; return its number: it is another directory now."""
         from unionfs.copytree import copy_tree
 
         assert self._store is not None
@@ -199,7 +201,7 @@ class MountedVolumes:
         try:
             content = sysio.open_in_root(root_fd, os.fsencode(bind.spec.target), os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return None
         try:
             stage = self._store.begin_fill(volume)
             if stage is not None:  # else another mount was faster
@@ -212,6 +214,9 @@ class MountedVolumes:
         finally:
             os.close(content)
             self._store.abort_fill(volume)
+        return volume.id
+
+    def _open_again(self, bind: _Bind) -> None:
         bind.source.close()
         bind.source = Source(bind.acquired.path)
         bind.kernel = self._clone(bind.source, bind.spec) if bind.kernel else False

@@ -37,7 +37,7 @@ refused u volume rm vol; grep -q 'in use by' said
 u mount --volumes-from first:ro lower:upper other
 grep -q more other/vol/seed
 refused touch other/data/x; grep -q 'Read-only' said
-u umount other
+u umount --rm other
 u umount first
 u volume backup vol vol.tar.gz; tar tzf vol.tar.gz | grep -q seed
 u volume restore back vol.tar.gz; grep -q more store/volumes/back/_data/seed
