@@ -53,8 +53,13 @@ def _each(names: Sequence[str], do: Callable[[str], None]) -> None:
             do(name)
         except UnionError as error:
             errors.append(error)
-    for told in errors[:-1]:
-        _warn(str(told))
+    _tell(errors)
+
+
+def _tell(errors: Sequence[UnionError]) -> None:
+    """Print all errors but the last one, which is raised."""
+    for error in errors[:-1]:
+        _warn(str(error))
     if errors:
         raise errors[-1]
 
@@ -193,7 +198,7 @@ def list_volumes(
         _print_json([volume.as_docker() for volume in volumes])
     elif form == "json":
         for volume in volumes:
-            print(json.dumps(_as_line(volume), separators=(",", ":"), ensure_ascii=False))
+            print(json.dumps(_as_line(volume), separators=(",", ":")))
     else:
         _print_table(volumes)
 
@@ -296,10 +301,11 @@ def prune(
     if not force and not _confirmed("all" if everything else "anonymous"):
         return
     fits = _wanted(asked)
-    names, freed = _store(ctx).prune(lambda volume: (everything or volume.anonymous) and fits(volume))
+    names, freed, errors = _store(ctx).prune(lambda volume: (everything or volume.anonymous) and fits(volume))
     if names:
         print("Deleted Volumes:", *names, "", sep="\n")
     print(f"Total reclaimed space: {_human(freed)}")
+    _tell(errors)
 
 
 def _confirmed(which: str) -> bool:

@@ -27,7 +27,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
-from unionfs import sysio
+from unionfs import attributes, sysio
 from unionfs.errors import VolumeError
 
 ROOT_MODE: Final = 0o711
@@ -40,8 +40,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def default_root() -> str:
-    """Return where the store lies when nothing is said: by user, as the XDG base directories have it."""
-    if os.geteuid() == 0:
+    """Return where the store lies when nothing is said; for users (root of a user namespace is one) XDG's place."""
+    if attributes.privileged():
         return "/var/lib/unionfs"
     data = os.environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):
@@ -63,7 +63,7 @@ def prepare_root(root: str) -> None:
             if status.st_mode & 0o022:
                 raise VolumeError(f"others may write to {path}: chmod go-w it, or choose another --root")
     except OSError as exc:
-        raise VolumeError(f"the volume store {root} can't be used: {exc.filename}: {exc.strerror}") from exc
+        raise VolumeError(f"the volume store {root} can't be used: {exc.filename}: {exc.strerror}: see --root") from exc
 
 
 def _make(path: str, mode: int) -> None:
@@ -256,16 +256,9 @@ def _rename_new(source: int, name: bytes, target: int) -> None:
 
 
 def copy_root(source: int, target: int) -> None:
-    """Give one directory the owner, attributes, mode and times of another, as far as this user may."""
-    status = os.fstat(source)
+    """Give one directory the owner, attributes, mode and times of another, where this user may."""
+    wanted = attributes.read(source)
     with contextlib.suppress(PermissionError):
-        os.fchown(target, status.st_uid, status.st_gid)
-    wanted = {name: os.getxattr(source, name) for name in os.listxattr(source)}
-    for name in set(os.listxattr(target)) - set(wanted):
-        with contextlib.suppress(OSError):
+        for name in set(attributes.read_xattrs(sysio.fd_path(target))) - set(wanted.xattrs):
             os.removexattr(target, name)
-    for name, value in wanted.items():
-        with contextlib.suppress(PermissionError):
-            os.setxattr(target, name, value)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        attributes.apply(target, wanted, root=attributes.privileged())

@@ -124,12 +124,22 @@ class Replacing:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self._old, 0o700, dir_fd=self._base)
                 with self._opened(self._old) as old:
-                    volumedirs.move_entries(target, old, keep=(self._new, self._old))
+                    self._clear(db, target, old)
                 self._note(db, PUBLISHING)
             volumedirs.move_entries(new, target, replace="restore" in self._new)
             volumedirs.copy_root(new, target)
             os.fsync(target)
         self._note(db, RESTORING)
+
+    def _clear(self, db: Tables, target: int, old: int) -> None:
+        """Move the old entries out; if one can't be moved (immutable, a mount point) all go back."""
+        try:
+            volumedirs.move_entries(target, old, keep=(self._new, self._old))
+        except OSError:
+            volumedirs.move_entries(old, target)
+            os.rmdir(self._old, dir_fd=self._base)
+            self._note(db, RESTORING)
+            raise
 
     def discard(self) -> None:
         """Remove what was built in vain and what was replaced; in the store it goes to the trash."""

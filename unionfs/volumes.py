@@ -154,12 +154,16 @@ class Store:
             work.close()
 
     def clean(self) -> None:
-        """Remove what dead processes left: it may be much, so short commands leave it to others."""
+        """Remove what dead processes left. It may be much, so commands that only look don't do it.
+
+        What can't be removed stays in the trash: that was told to whoever wanted it gone.
+        """
         with self._locked() as db:
             stages = {row.detail for row in db.in_state(MAKING)}
             found = volumedirs.leftovers(self._volumes, stages)
         for path, held in found:
-            self._empty(path, held)
+            with contextlib.suppress(VolumeError):
+                self._empty(path, held)
 
     def _empty(self, path: str, held: int) -> int:
         """Remove a directory of the trash, with its lock; return the bytes of files that gave back."""
@@ -257,7 +261,9 @@ class Store:
         """
         with self._locked() as db:
             thrown = self._throw_away(db, db.find(name).volume)
-        return self._empty(*thrown) if thrown else 0
+        freed = self._empty(*thrown) if thrown else 0
+        self.clean()
+        return freed
 
     def _throw_away(self, db: Tables, volume: Volume) -> tuple[str, int] | None:
         """Take a volume out of the store; return its directory in the trash and the lock on it."""
@@ -303,9 +309,13 @@ class Store:
     def _being_copied(volume: Volume) -> BusyError:
         return BusyError(f"volume {volume.name} is being copied, filled or restored: wait for that to end")
 
-    def prune(self, wanted: Callable[[Volume], bool]) -> tuple[list[str], int]:
-        """Remove the volumes that no mount refers to and that are `wanted`; return names and the bytes given back."""
+    def prune(self, wanted: Callable[[Volume], bool]) -> tuple[list[str], int, list[VolumeError]]:
+        """Remove the volumes that no mount refers to and that are `wanted`.
+
+        Returns their names, the bytes of files that gave back, and why content could not be removed.
+        """
         names: list[str] = []
+        errors: list[VolumeError] = []
         freed = 0
         for volume in filter(wanted, self.volumes(dangling=True)):
             with self._locked() as db:
@@ -316,8 +326,12 @@ class Store:
                 except BusyError:
                     continue
             names.append(volume.name)
-            freed += self._empty(*thrown) if thrown else 0
-        return names, freed
+            try:
+                freed += self._empty(*thrown) if thrown else 0
+            except VolumeError as error:
+                errors.append(error)
+        self.clean()
+        return names, freed, errors
 
     def rename(self, old: str, new: str) -> None:
         """Give a volume that no running mount uses another name; remembered mounts follow.
@@ -458,8 +472,11 @@ class Store:
                 with self._locked() as db:
                     db.set_state(work.volume, READY)
         finally:
-            self._replacing.pop(work.volume.id, None)
-            work.close()
+            self._let_go(work)
+
+    def _let_go(self, work: Replacing) -> None:
+        self._replacing.pop(work.volume.id, None)
+        work.close()
 
     @staticmethod
     def _require_device(volume: Volume) -> None:
@@ -498,10 +515,14 @@ class Store:
         """
         work = self._replacing[volume.id]
         try:
-            with self._locked() as db:
+            with self._locked() as db:  # whoever waits to acquire it sees nothing of the states between
                 work.publish_fill(db, shared=db.uses(volume) > 1)
-        finally:
+                work.discard()
+                db.set_state(volume, READY)
+        except BaseException:
             self._end_replacing(work)
+            raise
+        self._let_go(work)
 
     def abort_fill(self, volume: Volume) -> None:
         """Throw away what was built since `begin_fill`; without one nothing happens."""
@@ -644,7 +665,9 @@ class Store:
             names = {spec.source for spec in mount.specs if spec.kind == "volume"}
             db.delete_mount(mount)
         if anonymous:
-            self.prune(lambda volume: volume.anonymous and volume.name in names)
+            _, _, errors = self.prune(lambda volume: volume.anonymous and volume.name in names)
+            if errors:
+                raise errors[0]
 
 
 def _check_host_path(spec: VolumeSpec) -> None:

@@ -208,7 +208,7 @@ def test_a_mount_inside_is_never_entered(store: Store, ground: Path) -> None:
         for step in (lambda: store.remove("web"), lambda: store.rename("web", "other")):
             with pytest.raises(BusyError, match=f"unmount {inside}"):
                 step()
-        assert store.prune(lambda volume: True) == ([], 0)
+        assert store.prune(lambda volume: True) == ([], 0, [])
     finally:
         raw.umount2(inside, 0)
     store.remove("web")
@@ -414,7 +414,7 @@ def test_prune_spares_what_is_remembered(store: Store) -> None:
     store.release(mount_id)
     store.create("loose")
     store.create()
-    pruned, freed = store.prune(lambda volume: True)
+    pruned, freed, _ = store.prune(lambda volume: True)
     assert len(pruned) == 2
     assert "loose" in pruned
     assert freed == 0
@@ -593,6 +593,48 @@ def test_replacing(store: Store, ground: Path, device: bool) -> None:
     assert stat.S_IMODE(os.stat(volume.path).st_mode) == 0o750
     assert os.listdir(store.find("fresh").path) == ["file"]
     assert entries(store) == ["fresh", "web"]
+
+
+def immutable(path: Path, wanted: bool) -> None:
+    subprocess.run(["chattr", "+i" if wanted else "-i", str(path)], check=True)
+
+
+def test_what_can_t_be_moved_brings_all_back(store: Store, ground: Path) -> None:
+    device = ground / "device"
+    device.mkdir()
+    for name in ("a", "b", "c"):
+        (device / name).touch()
+    store.create("web", options={"device": str(device)})
+    immutable(device / "b", True)
+    try:
+        with (
+            pytest.raises(VolumeError, match="Operation not permitted"),
+            store.replacing(["web"], force=True) as (directory,),
+        ):
+            Path(directory, "new").touch()
+        assert sorted(os.listdir(device)) == ["a", "b", "c"]
+    finally:
+        immutable(device / "b", False)
+    with store.replacing(["web"], force=True) as (directory,):
+        Path(directory, "new").touch()
+    assert os.listdir(device) == ["new"]
+
+
+def test_what_can_t_be_removed_is_told_once(store: Store) -> None:
+    Path(store.create("web").path, "file").touch()
+    store.create("other")
+    immutable(Path(store.find("web").path, "file"), True)
+    try:
+        with pytest.raises(VolumeError, match=r"left in .*trash.* could not be removed: file: Operation not permitted"):
+            store.remove("web")
+        assert names(store) == ["other"]
+        store.clone("other", "copy", copy_tree)
+        assert len(entries(store)) == 3
+    finally:
+        (file,) = Path(store.root, "volumes").rglob("file")
+        immutable(file, False)
+    store.clean()
+    assert entries(store) == ["copy", "other"]
 
 
 def test_reading_keeps_a_volume(store: Store) -> None:
