@@ -157,6 +157,7 @@ class Binds:
         """
         self.nodes: dict[int, BindNode] = {}
         self.points: dict[tuple[int, bytes], BindNode] = {}  # (parent's node id, name): root
+        self.parents: set[int] = set()  # ids of the nodes in which points are
         self.open_files: dict[int, BindNode] = {}
         self._map_ino = map_ino
         self._mountpoint = mountpoint
@@ -182,6 +183,7 @@ class Binds:
         bind.root = root
         root.nlookup = 1  # never forgotten
         self.points[parent_id, name] = root
+        self.parents.add(parent_id)
         self._kept.pop(root)  # no name leads to it: its descriptor stays
         return root
 
@@ -415,9 +417,14 @@ class Binds:
         finally:
             os.close(fd)
         device, map_ino = node.key[0], self._map_ino
-        points = {name: root for (parent, name), root in self.points.items() if parent == node.id}
+        points = self._points_in(node.id)
         entries = [(name, map_ino(device, ino), kind) for name, ino, kind in listed if name not in points]
         return entries + [(name, root.ino, root.fmt >> 12) for name, root in points.items()]
+
+    def _points_in(self, node_id: int) -> dict[bytes, BindNode]:
+        if node_id not in self.parents:
+            return {}
+        return {name: root for (parent, name), root in self.points.items() if parent == node_id}
 
     def _open_directory(self, node: BindNode) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

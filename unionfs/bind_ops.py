@@ -18,6 +18,7 @@ What keeps the host's changes visible at once:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -29,6 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from unionfs import native
 from unionfs.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
+from unionfs.bind_direct import BindHandles, BindingDirect
 from unionfs.config import MountConfig
 from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
@@ -55,6 +57,7 @@ class BindingOperations(UnionOperations):
         self._binds = Binds(union.inodes.map_ino, mountpoint, on_open=_own, on_close=_disown)
         self._union_read_only = config.read_only
         self._bind_dirs: dict[int, BindDirHandle] = {}
+        self._bind_handles = BindHandles()
         self._appending: set[int] = set()
         self._not_there = EntryAttributes()
         self._not_there.st_ino = 0
@@ -69,6 +72,20 @@ class BindingOperations(UnionOperations):
         """Called by pyfuse3 before the kernel gets the answer to INIT."""
         super().init()
         native.auto_invalidate()
+        native.ignore_sync(False)  # the host's files last, whatever was said about the union
+        if self._native:
+            native.plain_listings()
+            self._direct = BindingDirect(
+                self._binds,
+                self._bind_dirs,
+                self._bind_handles,
+                self._union,
+                self._handles,
+                self._dir_handles,
+                timeout=self._timeout,
+                invalidate_changed=self._invalidate_changed,
+                read_only=self._union_read_only,
+            )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
@@ -323,8 +340,11 @@ class BindingOperations(UnionOperations):
         return self._bound_file(node, fd, flags)
 
     def _bound_file(self, node: BindNode, fd: int, flags: int) -> FileInfo:
-        if not node.bind.read_only:
-            native.own_attributes(node.id, fd, node.ino, 0.0)
+        try:
+            self._bind_handles.opened(node, fd, flags)
+        except BaseException:
+            self._binds.close_file(fd)
+            raise
         if not self._native and flags & (os.O_APPEND | os.O_ACCMODE) == os.O_APPEND | os.O_WRONLY:
             self._appending.add(fd)  # one that can read may be mapped: what comes then has its own offset
         return FileInfo(fh=fd, keep_cache=False)
@@ -360,7 +380,7 @@ class BindingOperations(UnionOperations):
             await super().release(fh)
             return
         self._appending.discard(fh)
-        native.disown_attributes(node.id, fh)
+        self._bind_handles.closed(node, fh)
         self._binds.close_file(fh)
 
     @handler
@@ -483,7 +503,8 @@ class BindingOperations(UnionOperations):
 
 
 def _forget_entry(parent: int, name: bytes) -> None:
-    try:
+    """Have the kernel drop an entry, and listings that it keeps of the parent."""
+    with contextlib.suppress(FileNotFoundError):  # it knew nothing
         pyfuse3.invalidate_entry(parent, name)
-    except FileNotFoundError:  # it knew nothing
-        return
+    with contextlib.suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(parent)

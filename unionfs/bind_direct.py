@@ -1,0 +1,292 @@
+"""The short way (see `direct`) for mounts with bind paths: frequent requests, the union's and the bind paths'.
+
+What is rare in a bind path goes pyfuse3's way, to `bind_ops`: attributes of what is not open, special files, links.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from unionfs import native
+from unionfs.bind import BindDirHandle, BindNode, Binds, is_bind
+from unionfs.direct import Answer, Direct
+from unionfs.dirops import Caller
+from unionfs.merge import Entry
+from unionfs.union import DirHandle
+
+_PASSTHROUGH_NO_FLUSH: Final = 1 << 7 | 1 << 5
+_KEEP_LISTING: Final = 1 << 1 | 1 << 3
+_DT_DIR: Final = stat.S_IFDIR >> 12
+
+_open_in: Final = struct.Struct("=II").unpack_from
+_create_in: Final = struct.Struct("=IIII").unpack_from
+_u64: Final = struct.Struct("=Q").unpack_from
+_rename2_in: Final = struct.Struct("=QII").unpack_from
+_read_in: Final = struct.Struct("=QQI").unpack_from
+_forget_one: Final = struct.Struct("=QQ").iter_unpack
+_open_out: Final = struct.Struct("=QIi").pack
+_dirent: Final = struct.Struct("=QQII").pack
+_NO_ENTRY: Final = bytes(128)
+
+# SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, CREATE, RENAME2
+_MAY_CHANGE: Final = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 14, 35, 45))
+
+
+class BindHandles:
+    """What the kernel and the native layer do with open files of bind paths by themselves."""
+
+    def __init__(self) -> None:
+        self._modes = native.IoModes()
+        self._passing: bool | None = None  # not known before the first open
+
+    def opened(self, node: BindNode, fd: int, flags: int) -> None:
+        """Decide how a handle is opened, just before the answer to OPEN or CREATE.
+
+        Where passthrough is to be had the kernel reads, writes and maps the host's file itself. Raises OSError: EINVAL
+        for O_DIRECT where the host's file system has none.
+        """
+        if self._passing is None:
+            self._passing = native.passthrough()
+        if self._passing:
+            if flags & os.O_DIRECT:
+                os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+            self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd))
+        if not node.bind.read_only:
+            native.own_attributes(node.id, fd, node.ino, 0.0)
+
+    @staticmethod
+    def _may_pass(node: BindNode, fd: int) -> bool:
+        """Without the daemon the kernel would set the access time, and clear suid and sgid without saying so."""
+        return not (node.bind.read_only or os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID))
+
+    def closed(self, node: BindNode, fd: int) -> None:
+        """Count a handle as gone, before the descriptor is closed."""
+        native.disown_attributes(node.id, fd)
+        if self._passing:
+            self._modes.released(node.id)
+
+
+class BindingDirect(Direct):
+    """Answers the frequent requests of a mount with bind paths."""
+
+    def __init__(
+        self,
+        binds: Binds,
+        bind_dirs: dict[int, BindDirHandle],
+        bind_handles: BindHandles,
+        *args: Any,
+        read_only: bool,
+        **kwargs: Any,
+    ) -> None:
+        """Share with the operations what both work on.
+
+        Args:
+            binds: the bind paths.
+            bind_dirs: their open directories, by handle number.
+            bind_handles: their open files.
+            args, kwargs: what `Direct` takes.
+            read_only: whether the union is; its changes are refused by the operations then.
+        """
+        self._binds = binds
+        self._bind_dirs = bind_dirs
+        self._bind_handles = bind_handles
+        self._read_only = read_only
+        super().__init__(*args, covered=binds.points, **kwargs)
+
+    def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
+        handlers = super()._handlers()
+        if self._read_only:
+            return {opcode: handler for opcode, handler in handlers.items() if opcode not in _MAY_CHANGE}
+        return handlers
+
+    def _reply(self, node: BindNode, st: os.stat_result) -> bytes:
+        """Build the answer for a name, and count the lookup."""
+        node.nlookup += 1
+        timeout = self._timeout if node is node.bind.root else 0.0
+        return native.pack_entry(node.id, node.ino, timeout, 0.0, -1, -1, st)
+
+    # -- names --
+
+    def lookup(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Find a name."""
+        binds, name = self._binds, body[:-1]
+        root = binds.points.get((node_id, name))
+        if root is not None:
+            return self._reply(root, binds.stat(root))
+        if not is_bind(node_id):
+            return super().lookup(node_id, uid, gid, pid, body)
+        looked = binds.look(binds.directory(node_id), name)
+        return errno.ENOENT if looked is None else self._reply(*looked)
+
+    def forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Take lookups off a node."""
+        if not is_bind(node_id):
+            return super().forget(node_id, uid, gid, pid, body)
+        self._binds.forget(node_id, _u64(body)[0])
+        return 0
+
+    def batch_forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Take lookups off many nodes."""
+        for forgotten, count in _forget_one(body[8:]):
+            if is_bind(forgotten):
+                self._binds.forget(forgotten, count)
+            else:
+                node = self._nodes.get(forgotten)
+                if node is not None and node.parent is not None:
+                    self._tree.forget(node, count)
+        return 0
+
+    def mkdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Create a directory."""
+        if not is_bind(node_id):
+            return super().mkdir(node_id, uid, gid, pid, body)
+        mode, umask = _open_in(body)
+        parent = self._binds.directory(node_id)
+        return self._reply(*self._binds.mkdir(parent, body[8:-1], mode, Caller(uid, gid, umask, pid)))
+
+    def unlink(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Remove a file's name."""
+        if not is_bind(node_id):
+            return super().unlink(node_id, uid, gid, pid, body)
+        self._binds.unlink(self._binds.directory(node_id), body[:-1])
+        return 0
+
+    def rmdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Remove a directory."""
+        if not is_bind(node_id):
+            return super().rmdir(node_id, uid, gid, pid, body)
+        self._binds.rmdir(self._binds.directory(node_id), body[:-1])
+        return 0
+
+    def _rename(self, old_id: int, new_id: int, names: bytes, flags: int) -> Answer:
+        if not is_bind(old_id):
+            return super()._rename(old_id, new_id, names, flags)
+        if not is_bind(new_id):
+            return None
+        old, new, _ = names.split(b"\0")
+        old_dir, new_dir = self._binds.directory(old_id), self._binds.directory(new_id)
+        self._binds.rename(old_dir, old, new_dir, new, flags)
+        return 0
+
+    # -- files --
+
+    def _bound(self, node: BindNode, fd: int, flags: int) -> bytes:
+        """Build ``struct fuse_open_out``."""
+        try:
+            self._bind_handles.opened(node, fd, flags)
+        except BaseException:
+            self._binds.close_file(fd)
+            raise
+        backing = native.take_backing(fd)
+        return _open_out(fd, _PASSTHROUGH_NO_FLUSH if backing else 0, backing)
+
+    def open(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Open a file."""
+        if not is_bind(node_id):
+            return super().open(node_id, uid, gid, pid, body)
+        flags, _ = _open_in(body)
+        kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
+        node = self._binds.node(node_id)
+        return self._bound(node, self._binds.open_file(node, flags, kill_for=kill), flags)
+
+    def create(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Create a file and open it."""
+        if not is_bind(node_id):
+            return super().create(node_id, uid, gid, pid, body)
+        flags, mode, umask, _ = _create_in(body)
+        who = Caller(uid, gid, umask, pid)
+        kill = who if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
+        parent = self._binds.directory(node_id)
+        node, st, fd = self._binds.create_file(parent, body[16:-1], mode, flags, who, kill_for=kill)
+        opened = self._bound(node, fd, flags)
+        return self._reply(node, st) + opened
+
+    def release(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Close an open file."""
+        if not is_bind(node_id):
+            return super().release(node_id, uid, gid, pid, body)
+        fh = _u64(body)[0]
+        node = self._binds.open_files.get(fh)
+        if node is None:
+            return None
+        self._bind_handles.closed(node, fh)
+        self._binds.close_file(fh)
+        return 0
+
+    # -- directories --
+
+    def opendir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Open a directory. The kernel may keep listings in which neither the host nor a point has a say."""
+        handle = (self._serial + 1) << 1 | 1  # those of pyfuse3's way are even
+        if is_bind(node_id):
+            self._bind_dirs[handle] = BindDirHandle(self._binds.directory(node_id))
+            keep = False
+        else:
+            self._dir_handles[handle] = DirHandle(self._union.directory(node_id))
+            keep = self._timeout > 0 and node_id not in self._binds.parents
+        self._serial += 1
+        return _open_out(handle, _KEEP_LISTING if keep else 0, 0)
+
+    def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Close a directory."""
+        if not is_bind(node_id):
+            return super().releasedir(node_id, uid, gid, pid, body)
+        return None if self._bind_dirs.pop(_u64(body)[0], None) is None else 0
+
+    def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """List a directory: names, numbers and types."""
+        if not is_bind(node_id):
+            return super().readdir(node_id, uid, gid, pid, body)
+        return self._list_bound(body, b"")
+
+    def readdirplus(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """List a directory; attributes of a bind path's entries would be out of date at once, so there are none."""
+        if not is_bind(node_id):
+            return super().readdirplus(node_id, uid, gid, pid, body)
+        return self._list_bound(body, _NO_ENTRY)
+
+    def _list_bound(self, body: bytes, prefix: bytes) -> Answer:
+        fh, offset, size = _read_in(body)
+        handle = self._bind_dirs.get(fh)
+        if handle is None:
+            return None
+        node = self._binds.directory(handle.node.id)
+        up = node.parent.ino if node.parent is not None else node.bind.parent_ino
+        dots = [(b".", node.ino, _DT_DIR), (b"..", up, _DT_DIR)]
+        entries = self._binds.read_entries(handle, offset)
+        parts: list[bytes] = []
+        for at in range(offset, len(entries) + 2):
+            name, ino, kind = dots[at] if at < 2 else entries[at - 2]
+            packed = prefix + _bare(ino, at + 1, name, kind)
+            size -= len(packed)
+            if size < 0:
+                break
+            parts.append(packed)
+        return b"".join(parts)
+
+    def _bare_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+        root = self._binds.points.get((handle.node.id, entry.name))
+        if root is None:
+            return super()._bare_entry(handle, entry, position, room)
+        packed = _bare(root.ino, position, entry.name, root.fmt >> 12)
+        return packed if len(packed) <= room else None
+
+    def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+        root = self._binds.points.get((handle.node.id, entry.name))
+        if root is None:
+            return super()._full_entry(handle, entry, position, room)
+        packed = _bare(root.ino, position, entry.name, root.fmt >> 12)
+        if len(_NO_ENTRY) + len(packed) > room:
+            return None
+        return self._reply(root, self._binds.stat(root)) + packed
+
+
+def _bare(ino: int, position: int, name: bytes, kind: int) -> bytes:
+    """Pack ``struct fuse_dirent``."""
+    length = len(name)
+    return _dirent(ino, position, length, kind) + name + bytes(-length % 8)
