@@ -1262,17 +1262,27 @@ static bool readable_within(int device, int64_t timeout_ns)
 
 /*
  * Wait a moment for the next request, other threads running meanwhile: first awake, since waking up on another
- * processor takes longer than a caller needs to come back, then asleep.
+ * processor takes longer than a caller needs to come back, then asleep. Where others want the processor, yielding it
+ * costs a whole turn of theirs: then only asleep.
  */
+enum { CONTENDED_NS = 50000, LEAVE_ALONE_NS = 200000000 };
+
 static bool linger(int device)
 {
-	int64_t spin_end = now_ns() + spin_ns;
+	static int64_t contended_until;
+	int64_t now = now_ns();
+	int64_t spin_end = now < contended_until ? 0 : now + spin_ns;
 	bool found = false;
 
 	Py_BEGIN_ALLOW_THREADS
-	while (!found && now_ns() < spin_end) {
+	while (!found && now < spin_end) {
+		int64_t before = now;
+
 		sched_yield();
 		found = readable_within(device, 0);
+		now = now_ns();
+		if (now - before > CONTENDED_NS)
+			contended_until = now + LEAVE_ALONE_NS;
 	}
 	found = found || (linger_ns && readable_within(device, linger_ns));
 	Py_END_ALLOW_THREADS
@@ -1439,21 +1449,24 @@ HOOK int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry,
 	return REAL(fuse_reply_create)(req, &out, fi);
 }
 
-/* Take CAP_FSETID from this thread, or give it back; returns whether the thread had it. */
+/* Take CAP_FSETID from this thread, or give it back. */
 static bool set_fsetid(bool on)
 {
 	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-	struct __user_cap_data_struct data[2];
-	bool had;
+	static struct __user_cap_data_struct data[2];
+	static bool known, had;
 
-	if (syscall(SYS_capget, &header, data))
+	if (!known) {
+		known = !syscall(SYS_capget, &header, data);
+		had = data[0].effective & (1U << CAP_FSETID);
+	}
+	if (!known || !had)
 		return false;
-	had = data[0].effective & (1U << CAP_FSETID);
 	if (on)
 		data[0].effective |= 1U << CAP_FSETID;
 	else
 		data[0].effective &= ~(1U << CAP_FSETID);
-	return !syscall(SYS_capset, &header, data) && had;
+	return !syscall(SYS_capset, &header, data);
 }
 
 static PyObject *no_session(void)

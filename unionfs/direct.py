@@ -165,14 +165,8 @@ class Direct:
             timeout = 0.0
         return native.pack_attributes(node.ino, timeout, nlink, blocks, st)
 
-    def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> bytes:
+    def _handed_out(self, fd: int) -> bytes:
         """Build ``struct fuse_open_out``."""
-        try:
-            if self._handles.opened(node, fd, flags, st):
-                self._up.notify_changed.append(node)
-        except BaseException:
-            self._union.close_file(fd)
-            raise
         backing = native.take_backing(fd)
         # The kernel refuses passthrough together with flags about a page cache that there is not.
         return _open_out(fd, _PASSTHROUGH | _NO_FLUSH if backing else _KEEP_CACHE, backing)
@@ -339,11 +333,18 @@ class Direct:
         flags, _ = _open_in(body)
         kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         try:
-            return self._opened(node, self._union.open_file(node, flags, kill_for=kill), flags)
+            fd = self._union.open_file(node, flags, kill_for=kill)
+            try:
+                if self._handles.opened(node, fd, flags):
+                    self._up.notify_changed.append(node)
+            except OSError:
+                self._union.close_file(fd)
+                raise
         except DataCopyPending:
             return None
         finally:
             self._changed()
+        return self._handed_out(fd)
 
     def create(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Create a file and open it."""
@@ -354,10 +355,14 @@ class Direct:
             return None
         try:
             node, st, fd = self._union.create_file(parent, name, mode, flags, Caller(uid, gid, umask, pid))
-            opened = self._opened(node, fd, flags, st)
-            return self._made((node, st)) + opened
         finally:
             self._changed()
+        try:
+            self._handles.created(node, fd, flags, st, pid)
+        except OSError:
+            self._union.close_file(fd)
+            raise
+        return self._made((node, st)) + self._handed_out(fd)
 
     def release(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close an open file."""

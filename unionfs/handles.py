@@ -9,19 +9,26 @@ A handle is the number of a descriptor of the file's data. Opening it decides tw
 - whose its *attributes* are (`native.own_attributes`): those of a file in upper about which the union has nothing to
   say are read and set on the descriptor.
 
-While a file is open for writing in passthrough mode the kernel does not hear of what a shared mapping writes. So it
-may not keep the attributes (`attributes_stay`), and asks each time.
+While a file is open for reading and writing in passthrough mode the kernel does not hear of what a shared mapping
+writes. So it may not keep the attributes (`attributes_stay`), and asks each time.
+
+Passing a file takes some 25 µs more than not passing it, which small files don't earn back: what is opened for reading
+is passed from `WORTH_BYTES` on. How big a new file will be nobody knows: it is passed, unless the last file that the
+same process made stayed small.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from typing import Final
 
 from unionfs import native
 from unionfs.inodes import INDEXED, META, UPPER, Node
 
-_SUIDGID = stat.S_ISUID | stat.S_ISGID
+WORTH_BYTES: Final = 128 << 10
+
+_SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class Handles:
@@ -36,42 +43,69 @@ class Handles:
         """
         self._timeout = timeout
         self._read_only = read_only
-        self._passing: bool | None = None  # not known before the first open
+        self._granted: bool | None = None
         self._modes = native.IoModes()
-        self._writers: dict[int, set[int]] = {}  # node id → its passed handles that may write
+        self._mappers: dict[int, set[int]] = {}  # node id → its passed handles that may have written mappings
+        self._makers: dict[int, int] = {}  # handle of a new file → who made it (a process id)
+        self._small_maker = -1  # whose last new file stayed small
 
-    def opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> bool:
-        """Decide how a handle is opened, just before the answer to OPEN or CREATE.
-
-        Returns whether what the kernel knows of the node's attributes must be invalidated.
+    def opened(self, node: Node, fd: int, flags: int) -> bool:
+        """Decide how a handle is opened, just before the answer to OPEN.
 
         Args:
             node: the file.
             fd: the handle, a descriptor of its data.
             flags: those of open(2).
-            st: its attributes, where they are known.
+
+        Returns:
+            Whether what the kernel knows of the node's attributes must be invalidated.
 
         Raises:
             OSError: EINVAL for O_DIRECT where the file system below has none; the handle is not counted then.
         """
+        return self._decide(node, fd, flags, passing=self._passing and self._may_pass(node, fd, flags))
+
+    def created(self, node: Node, fd: int, flags: int, st: os.stat_result, pid: int) -> None:
+        """Decide how the handle of a new file is opened, just before the answer to CREATE.
+
+        Args:
+            node: the file.
+            fd: the handle.
+            flags: those of open(2).
+            st: its attributes.
+            pid: the process that made it.
+
+        Raises:
+            OSError: as `opened`.
+        """
+        self._decide(node, fd, flags, passing=self._passing and pid != self._small_maker and not st.st_mode & _SUIDGID)
+        if self._passing:
+            self._makers[fd] = pid
+
+    def _decide(self, node: Node, fd: int, flags: int, *, passing: bool) -> bool:
         stale = False
-        if self._passing is None:
-            self._passing = native.passthrough()
         if self._passing:
             if flags & os.O_DIRECT:
                 os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-            passed = self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd, st))
-            if passed and flags & os.O_ACCMODE != os.O_RDONLY:
-                self._writers.setdefault(node.id, set()).add(fd)
+            if self._modes.opened(node.id, fd, allowed=passing) and flags & os.O_ACCMODE == os.O_RDWR:
+                self._mappers.setdefault(node.id, set()).add(fd)
                 stale = True
         if node.flags & (UPPER | META | INDEXED) == UPPER:
-            native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._writers else self._timeout)
+            native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._mappers else self._timeout)
         return stale
 
-    def _may_pass(self, node: Node, fd: int, st: os.stat_result | None) -> bool:
+    @property
+    def _passing(self) -> bool:
+        """Whether the kernel passes files; it is not known before the first open."""
+        if self._granted is None:
+            self._granted = native.passthrough()
+        return self._granted
+
+    def _may_pass(self, node: Node, fd: int, flags: int) -> bool:
         if node.flags & META or not (node.flags & UPPER or self._read_only):
             return False
-        return not (st or os.fstat(fd)).st_mode & _SUIDGID
+        st = os.fstat(fd)
+        return not st.st_mode & _SUIDGID and (flags & os.O_ACCMODE != os.O_RDONLY or st.st_size >= WORTH_BYTES)
 
     def closed(self, node: Node, fd: int) -> None:
         """Count a handle as gone: on its RELEASE, before the descriptor is closed."""
@@ -79,14 +113,17 @@ class Handles:
         if not self._passing:
             return
         self._modes.released(node.id)
-        writers = self._writers.get(node.id)
-        if writers is not None:
-            writers.discard(fd)
-            if not writers:
-                del self._writers[node.id]
+        pid = self._makers.pop(fd, None)
+        if pid is not None:
+            self._small_maker = pid if os.fstat(fd).st_size < WORTH_BYTES else -1
+        mappers = self._mappers.get(node.id)
+        if mappers is not None:
+            mappers.discard(fd)
+            if not mappers:
+                del self._mappers[node.id]
 
     def attributes_stay(self, node: Node, mode: int) -> bool:
         """Whether the kernel hears of all that changes the node's attributes, *mode* among them, while it is open."""
-        if node.id in self._writers:
+        if node.id in self._mappers:
             return False
         return not (mode & _SUIDGID and self._modes.passed(node.id))

@@ -318,8 +318,8 @@ class IoModes:
       a file that has either with attr_timeout 0 (LOOKUP, GETATTR and SETATTR alike). The host clears the bit on the
       next write without a word to us, and the kernel must ask for the mode before it executes the file.
     - Writes change size and times without a request, too; the kernel asks for them with GETATTR. It does not when a
-      shared mapping is written: as long as a passed handle may write, give attr_timeout 0. The attributes that it has
-      when such a handle is opened are dropped by the native layer.
+      shared mapping is written: as long as a passed handle allows such mappings (O_RDWR), give attr_timeout 0, and
+      invalidate what it knows when that handle is opened.
     """
 
     def __init__(self) -> None:

@@ -338,13 +338,10 @@ class UnionOperations(pyfuse3.Operations):
         kill = self._caller(ctx) if flags & os.O_TRUNC and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
         fd = await self._settled(self._union.open_file, node, flags, kill_for=kill)
-        return self._opened(node, fd, flags)
-
-    def _opened(self, node: Node, fd: int, flags: int, st: os.stat_result | None = None) -> FileInfo:
         try:
-            if self._handles.opened(node, fd, flags, st):
+            if self._handles.opened(node, fd, flags):
                 self._invalidate(node)
-        except BaseException:
+        except OSError:
             self._union.close_file(fd)
             raise
         return FileInfo(fh=fd, keep_cache=True)
@@ -356,8 +353,12 @@ class UnionOperations(pyfuse3.Operations):
         """Create a file and open it."""
         parent = self._union.directory(parent_inode)
         node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
-        info = self._opened(node, fd, flags, st)
-        return info, self._made(node, st)
+        try:
+            self._handles.created(node, fd, flags, st, ctx.pid)
+        except OSError:
+            self._union.close_file(fd)
+            raise
+        return FileInfo(fh=fd, keep_cache=True), self._made(node, st)
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
