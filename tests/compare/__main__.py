@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.compare import machine, report
+from tests.compare import machine, namespace, report
 from tests.compare.bench import Bench
 from tests.compare.chart import chart
 from tests.compare.processes import last_line
@@ -27,8 +27,6 @@ from tests.compare.stage import QUICK, Sizes, Stage
 from tests.compare.subjects import clear
 from tests.compare.suites import SUITES, Chosen, Refused, choose
 
-INSIDE = "UNIONFS_COMPARE_INSIDE"
-"""Set in the process that --rootless starts in a user namespace."""
 ROOM = 6 << 30
 QUICK_ROOM = 1 << 30
 FILE_WIDTH = 150
@@ -95,8 +93,6 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.list:
         _list()
         return 0
-    if arguments.rootless and not os.environ.get(INSIDE):
-        return _in_user_namespace(words)
     if os.geteuid() and not arguments.rootless:
         return _refuse("mounting overlayfs needs root: run this as root, or with --rootless")
     if arguments.rootless and arguments.fs not in {None, "none"}:
@@ -107,7 +103,11 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments.fs = None
     if arguments.chart and arguments.chart.suffix != ".svg":
         return _refuse(f"--chart {arguments.chart}: the chart is an SVG file, its name must end in .svg")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    if not namespace.inside():
+        status = namespace.run_inside(sys.argv[1:] if words is None else words, rootless=arguments.rootless)
+        if status is not None:
+            return status
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         with _stage(arguments) as stage:
@@ -136,26 +136,14 @@ def _list() -> None:
             print(f"  {workload.name:16} {workload.group:10} {workload.title}{slow}")
 
 
-def _in_user_namespace(words: Sequence[str] | None) -> int:
-    command = ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
-    command += [sys.executable, "-m", "tests.compare", *(sys.argv[1:] if words is None else words)]
-    # The signals of the terminal go to both; this process waits for the other to clean up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return subprocess.run(
-        command, env=os.environ | {INSIDE: "1"}, check=False, preexec_fn=_default_interrupt
-    ).returncode
-
-
-def _default_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @contextmanager
 def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
     """The directory of this run, on a file system of its own where that was asked for; gone afterwards, with all mounts."""
     parent = (arguments.dir or Path("/var/tmp")).resolve()
     if not parent.is_dir():
         raise Refused(f"--dir {parent}: no such directory")
+    if namespace.inside():
+        namespace.let_go([parent, Path.cwd(), Path(__file__).resolve(), Path(sys.executable).resolve()])
     room = QUICK_ROOM if arguments.quick else ROOM
     if shutil.disk_usage(parent).free < room:
         raise Refused(f"{parent} has less than {room >> 30} GiB free: name another place with --dir")
@@ -237,8 +225,9 @@ def _rounds(benches: Sequence[Bench], rounds: int, show: Show) -> list[float]:
 
 def _comparison(chosen: Chosen, bench: Bench, rounds: int) -> Comparison:
     names = [subject.name for subject in chosen.subjects]
-    title = f"{chosen.suite.title}: {'one round' if rounds == 1 else f'medians of {rounds} rounds'}"
-    return Comparison(title, names, chosen.suite.pairs(names), list(bench.results.values()))
+    title = f"{chosen.suite.title}: {'one round' if rounds == 1 else f'medians of {rounds} complete rounds'}"
+    results = [result for result in bench.results.values() if result.values or result.failures]
+    return Comparison(title, names, chosen.suite.pairs(names), results)
 
 
 def _wide(console: Console) -> Console:

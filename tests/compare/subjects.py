@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from tests.compare.machine import unescape
+from tests.compare.machine import mounts
 from tests.compare.processes import Failed, end, last_line, naming, wait_gone
 from tests.compare.stage import Site, Stage, remove
 
@@ -93,7 +93,7 @@ class Subject(ABC):
         taken = time.perf_counter() - start
         end(left)
         if left:
-            raise Failed("its daemon did not end after the unmount")
+            raise Failed(f"its daemon had not ended {END_SECONDS:.0f} s after the unmount")
         return taken
 
     def daemons(self, site: Site) -> list[int]:
@@ -233,9 +233,7 @@ def _ask(*words: str) -> str:
 
 def mounts_below(base: Path) -> list[Path]:
     """Mount points at or below `base` in this mount namespace, the latest first."""
-    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    points = [Path(unescape(line.split(" ")[4])) for line in lines]
-    return [point for point in reversed(points) if point.is_relative_to(base)]
+    return [point for point, _, _ in reversed(mounts()) if point.is_relative_to(base)]
 
 
 def mounted(point: Path) -> bool:
