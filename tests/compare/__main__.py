@@ -27,6 +27,7 @@ from tests.compare.stage import QUICK, Sizes, Stage
 from tests.compare.subjects import clear
 from tests.compare.suites import SUITES, Chosen, Refused, choose
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOM = 6 << 30
 QUICK_ROOM = 1 << 30
 FILE_WIDTH = 150
@@ -104,10 +105,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.chart and arguments.chart.suffix != ".svg":
         return _refuse(f"--chart {arguments.chart}: the chart is an SVG file, its name must end in .svg")
     if not namespace.inside():
-        status = namespace.run_inside(sys.argv[1:] if words is None else words, rootless=arguments.rootless)
-        if status is not None:
-            return status
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        namespace.enter(sys.argv[1:] if words is None else words, rootless=arguments.rootless)
+    for number in INTERRUPTS:
         signal.signal(number, _interrupt)
     try:
         with _stage(arguments) as stage:
@@ -122,7 +121,14 @@ def _refuse(why: str) -> int:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
+    """The first interrupt ends the rounds; a second one must not leave mounts behind."""
+    _ignore_interrupts()
     raise KeyboardInterrupt
+
+
+def _ignore_interrupts() -> None:
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _list() -> None:
@@ -153,9 +159,7 @@ def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
             _new_file_system(base, arguments.fs, 2 * room)
         yield Stage(base / "stage", QUICK if arguments.quick else Sizes())
     finally:
-        # A second interrupt must not leave mounts behind.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_interrupts()
         clear(base)
 
 

@@ -8,7 +8,6 @@ namespace that nobody copies, and keep nobody else's mounts in it.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,26 +24,20 @@ def inside() -> bool:
     return INSIDE in os.environ
 
 
-def run_inside(words: Sequence[str], *, rootless: bool) -> int | None:
-    """Run the comparison with the command line `words` in a new namespace.
+def enter(words: Sequence[str], *, rootless: bool) -> None:
+    """Become the process that runs the comparison with the command line `words` in a new namespace.
+
+    Returns only where no mount namespace can be made, and the comparison can go on in this one.
 
     Args:
         rootless: in a user namespace too.
-
-    Returns:
-        Its exit status; None where no mount namespace can be made, and it can go on in this one.
     """
     # Slave: what others unmount goes here too, and nothing of ours goes there.
     unshare = ["unshare", *(["--user", "--map-root-user"] if rootless else []), "--mount", "--propagation", "slave"]
     if not rootless and subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        return None
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # The terminal sends them to both, and this one waits for the other.
-    with subprocess.Popen(
-        [*unshare, sys.executable, "-m", "tests.compare", *words], env=os.environ | {INSIDE: "1"}
-    ) as process:
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        return process.wait()
+        return
+    os.environ[INSIDE] = "1"
+    os.execvp(unshare[0], [*unshare, sys.executable, "-m", "tests.compare", *words])
 
 
 def let_go(needed: Sequence[Path]) -> None:
