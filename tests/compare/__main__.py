@@ -47,14 +47,15 @@ examples:
   scripts/compare --fs xfs                      copies are reflinks there; overlayfs uses them too
   scripts/compare --dir /srv                    on that directory's own file system
 
-What is measured: each sample has a new, empty upper layer over the same two lower layers, and a fresh mount. "cold": the
-kernel's caches were emptied just before; "warm": the same work again, directly afterwards. Everything lies on one new file
-system, so that nobody else's writes are waited for (a loop device; on the disk itself with --fs none). The time is that of the programs from
-start to end; where a program's own start would be a good part of it (fio, SQLite, stat) it is what the program says. File systems
-are synced before each timed run and not within it; a workload called "fsync" pays for that in its time.
+What is measured: each sample has a new, empty upper layer over the same two lower layers, and a fresh mount. All lies on one
+new file system (a loop device), so that nobody else's writes are waited for. "cold": the kernel's caches were emptied just
+before; "warm": the same work again, directly afterwards. The time is that of the programs from start to end; where a program's
+own start would be a good part of it (fio, SQLite, stat) it is what the program says. The file system is synced before each
+timed run and not within it; a workload called "fsync" pays for that in its time.
 
 The table shows medians, and the ratio of unionfs to others: below 1 unionfs is faster. Red: slower than this project's own goal.
-Only root can empty caches: without, cold runs are left out. For numbers that count, leave the machine alone meanwhile.
+Only root can empty caches: without, cold runs are left out. Memory is the daemon's; what the kernel caches for it is not in it.
+For numbers that count, leave the machine alone meanwhile. All takes about half an hour, on a quiet machine with two cores.
 """
 
 
@@ -171,7 +172,8 @@ def _new_file_system(base: Path, kind: str, size: int) -> None:
     stage.mkdir()
     # ext4 otherwise goes on initialising itself in the background.
     options = "loop,noinit_itable" if kind == "ext4" else "loop"
-    for command in ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", options, str(image), str(stage)]):
+    make = [f"mkfs.{kind}", "-q", *(["-i", "8192"] if kind == "ext4" else []), str(image)]
+    for command in (make, ["mount", "-o", options, str(image), str(stage)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Refused(f"--fs {kind}: {command[0]}: {last_line(done.stderr)}; --fs none does without")
@@ -200,6 +202,8 @@ def _compare(arguments: argparse.Namespace, stage: Stage) -> int:
         "complete": len(loads) == rounds,
         "machine": machine.facts(stage.base),
         "versions": {subject.name: version for each in chosen for subject, version in each.subjects.items()},
+        "commands": {subject.name: subject.shown() for each in chosen for subject in each.subjects},
+        "programs": machine.programs(),
         "options": {name: getattr(arguments, name) for name in ("rootless", "quick", "full", "fs", "only")},
         "left_out": notes,
         "sizes": vars(stage.sizes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def file_system(directory: Path) -> str:
     over = [(point, kind) for point, kind, _ in mounts() if directory.resolve().is_relative_to(point)]
     deepest = max(len(point.parts) for point, _ in over)
     return [kind for point, kind in over if len(point.parts) == deepest][-1]
+
+
+def programs() -> dict[str, str]:
+    """The versions of the programs that do the work, as they say it."""
+    found = {}
+    for name in ("find", "grep", "dd", "ls", "tar", "rm", "git", "fio"):
+        if shutil.which(name):
+            done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+            found[name] = done.stdout.partition("\n")[0]
+    return found
 
 
 def load() -> float:

@@ -7,6 +7,7 @@ A subject is named on the command line by its name, and may be followed by mount
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,10 @@ class Subject(ABC):
                 raise Failed(f"mount: nothing is mounted; {last_line(log.read_text(errors='replace'))}")
             time.sleep(0.005)
 
+    def shown(self) -> str:
+        """The mount command as the report has it, with names in place of the directories."""
+        return shlex.join(self.command(Site(Path("SITE"), (Path("TOP"), Path("BASE"))), self.options))
+
     def where(self, site: Site) -> Path:
         """The directory in which the content is seen and the work is done."""
         return site.merged
@@ -112,7 +117,7 @@ class Bare(Subject):
         return "the file system itself"
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
-        raise NotImplementedError
+        return []
 
     def mount(self, site: Site, more: Sequence[str] = ()) -> None:
         pass
@@ -197,9 +202,7 @@ class Ours(Subject):
     uncached = ("timeout=0",)
 
     def version(self) -> str:
-        from unionfs import __version__
-
-        return f"unionfs {__version__}"
+        return ", ".join(_ask(*self.unionfs("--version")).split("\n")).strip(", ")
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         lowers, layers = ":".join(map(str, site.lowers)), (str(site.upper), str(site.merged))
