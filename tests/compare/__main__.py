@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.compare import machine, report
+from tests.compare import machine, namespace, report
 from tests.compare.bench import Bench
 from tests.compare.chart import chart
 from tests.compare.processes import last_line
@@ -27,8 +27,7 @@ from tests.compare.stage import QUICK, Sizes, Stage
 from tests.compare.subjects import clear
 from tests.compare.suites import SUITES, Chosen, Refused, choose
 
-INSIDE = "UNIONFS_COMPARE_INSIDE"
-"""Set in the process that --rootless starts in a user namespace."""
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOM = 6 << 30
 QUICK_ROOM = 1 << 30
 FILE_WIDTH = 150
@@ -48,14 +47,15 @@ examples:
   scripts/compare --fs xfs                      copies are reflinks there; overlayfs uses them too
   scripts/compare --dir /srv                    on that directory's own file system
 
-What is measured: each sample has a new, empty upper layer over the same two lower layers, and a fresh mount. "cold": the
-kernel's caches were emptied just before; "warm": the same work again, directly afterwards. Everything lies on one new file
-system, so that nobody else's writes are waited for (a loop device; on the disk itself with --fs none). The time is that of the programs from
-start to end; where a program's own start would be a good part of it (fio, SQLite, stat) it is what the program says. File systems
-are synced before each timed run and not within it; a workload called "fsync" pays for that in its time.
+What is measured: each sample has a new, empty upper layer over the same two lower layers, and a fresh mount. All lies on one
+new file system (a loop device), so that nobody else's writes are waited for. "cold": the kernel's caches were emptied just
+before; "warm": the same work again, directly afterwards. The time is that of the programs from start to end; where a program's
+own start would be a good part of it (fio, SQLite, stat) it is what the program says. The file system is synced before each
+timed run and not within it; a workload called "fsync" pays for that in its time.
 
 The table shows medians, and the ratio of unionfs to others: below 1 unionfs is faster. Red: slower than this project's own goal.
-Only root can empty caches: without, cold runs are left out. For numbers that count, leave the machine alone meanwhile.
+Only root can empty caches: without, cold runs are left out. Memory is the daemon's; what the kernel caches for it is not in it.
+For numbers that count, leave the machine alone meanwhile. All takes about half an hour, on a quiet machine with two cores.
 """
 
 
@@ -95,8 +95,6 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.list:
         _list()
         return 0
-    if arguments.rootless and not os.environ.get(INSIDE):
-        return _in_user_namespace(words)
     if os.geteuid() and not arguments.rootless:
         return _refuse("mounting overlayfs needs root: run this as root, or with --rootless")
     if arguments.rootless and arguments.fs not in {None, "none"}:
@@ -107,7 +105,9 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments.fs = None
     if arguments.chart and arguments.chart.suffix != ".svg":
         return _refuse(f"--chart {arguments.chart}: the chart is an SVG file, its name must end in .svg")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    if not namespace.inside():
+        namespace.enter(sys.argv[1:] if words is None else words, rootless=arguments.rootless)
+    for number in INTERRUPTS:
         signal.signal(number, _interrupt)
     try:
         with _stage(arguments) as stage:
@@ -122,7 +122,14 @@ def _refuse(why: str) -> int:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
+    """The first interrupt ends the rounds; a second one must not leave mounts behind."""
+    _ignore_interrupts()
     raise KeyboardInterrupt
+
+
+def _ignore_interrupts() -> None:
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _list() -> None:
@@ -136,26 +143,14 @@ def _list() -> None:
             print(f"  {workload.name:16} {workload.group:10} {workload.title}{slow}")
 
 
-def _in_user_namespace(words: Sequence[str] | None) -> int:
-    command = ["unshare", "--user", "--map-root-user", "--mount", "--propagation", "private"]
-    command += [sys.executable, "-m", "tests.compare", *(sys.argv[1:] if words is None else words)]
-    # The signals of the terminal go to both; this process waits for the other to clean up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return subprocess.run(
-        command, env=os.environ | {INSIDE: "1"}, check=False, preexec_fn=_default_interrupt
-    ).returncode
-
-
-def _default_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @contextmanager
 def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
     """The directory of this run, on a file system of its own where that was asked for; gone afterwards, with all mounts."""
     parent = (arguments.dir or Path("/var/tmp")).resolve()
     if not parent.is_dir():
         raise Refused(f"--dir {parent}: no such directory")
+    if namespace.inside():
+        namespace.let_go([parent, Path.cwd(), Path(__file__).resolve(), Path(sys.executable).resolve()])
     room = QUICK_ROOM if arguments.quick else ROOM
     if shutil.disk_usage(parent).free < room:
         raise Refused(f"{parent} has less than {room >> 30} GiB free: name another place with --dir")
@@ -165,9 +160,7 @@ def _stage(arguments: argparse.Namespace) -> Iterator[Stage]:
             _new_file_system(base, arguments.fs, 2 * room)
         yield Stage(base / "stage", QUICK if arguments.quick else Sizes())
     finally:
-        # A second interrupt must not leave mounts behind.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_interrupts()
         clear(base)
 
 
@@ -179,7 +172,8 @@ def _new_file_system(base: Path, kind: str, size: int) -> None:
     stage.mkdir()
     # ext4 otherwise goes on initialising itself in the background.
     options = "loop,noinit_itable" if kind == "ext4" else "loop"
-    for command in ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", options, str(image), str(stage)]):
+    make = [f"mkfs.{kind}", "-q", *(["-i", "8192"] if kind == "ext4" else []), str(image)]
+    for command in (make, ["mount", "-o", options, str(image), str(stage)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Refused(f"--fs {kind}: {command[0]}: {last_line(done.stderr)}; --fs none does without")
@@ -208,6 +202,8 @@ def _compare(arguments: argparse.Namespace, stage: Stage) -> int:
         "complete": len(loads) == rounds,
         "machine": machine.facts(stage.base),
         "versions": {subject.name: version for each in chosen for subject, version in each.subjects.items()},
+        "commands": {subject.name: subject.shown() for each in chosen for subject in each.subjects},
+        "programs": machine.programs(),
         "options": {name: getattr(arguments, name) for name in ("rootless", "quick", "full", "fs", "only")},
         "left_out": notes,
         "sizes": vars(stage.sizes),
@@ -237,8 +233,9 @@ def _rounds(benches: Sequence[Bench], rounds: int, show: Show) -> list[float]:
 
 def _comparison(chosen: Chosen, bench: Bench, rounds: int) -> Comparison:
     names = [subject.name for subject in chosen.subjects]
-    title = f"{chosen.suite.title}: {'one round' if rounds == 1 else f'medians of {rounds} rounds'}"
-    return Comparison(title, names, chosen.suite.pairs(names), list(bench.results.values()))
+    title = f"{chosen.suite.title}: {'one round' if rounds == 1 else f'medians of {rounds} complete rounds'}"
+    results = [result for result in bench.results.values() if result.values or result.failures]
+    return Comparison(title, names, chosen.suite.pairs(names), results)
 
 
 def _wide(console: Console) -> Console:

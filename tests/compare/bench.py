@@ -126,10 +126,19 @@ class Bench:
             for row in rows:
                 row.values.setdefault(subject.name, []).append(found[row.phase])
         except (Failed, OSError, ValueError, KeyError) as error:
+            if _interrupted(error):
+                raise KeyboardInterrupt from error
             for row in rows:
                 row.failures[subject.name] = _reason(error, site)
         finally:
             clear(site.base)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error came up in the clean-up after an interrupt, and hides it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _reason(error: Exception, site: Site) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,20 +28,34 @@ def facts(directory: Path) -> dict[str, object]:
     }
 
 
-def file_system(directory: Path) -> str:
-    """The type of the file system that `directory` lies on, as /proc/self/mountinfo has it."""
-    best, kind = -1, "unknown"
+def mounts() -> list[tuple[Path, str, str]]:
+    """Mount point, type and source of all mounts of this namespace, the latest last."""
+    found = []
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields, tail = line.split(" "), line.partition(" - ")[2]
-        point = Path(unescape(fields[4]))
-        if directory.resolve().is_relative_to(point) and len(point.parts) >= best:
-            best, kind = len(point.parts), tail.split(" ")[0]
-    return kind
+        kind, source = line.partition(" - ")[2].split(" ")[:2]
+        found.append((Path(_unescape(line.split(" ")[4])), kind, source))
+    return found
 
 
-def unescape(word: str) -> str:
-    """A path out of /proc/self/mountinfo, its octal escapes resolved."""
+def _unescape(word: str) -> str:
     return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), word)
+
+
+def file_system(directory: Path) -> str:
+    """The type of the file system that `directory` lies on."""
+    over = [(point, kind) for point, kind, _ in mounts() if directory.resolve().is_relative_to(point)]
+    deepest = max(len(point.parts) for point, _ in over)
+    return [kind for point, kind in over if len(point.parts) == deepest][-1]
+
+
+def programs() -> dict[str, str]:
+    """The versions of the programs that do the work, as they say it."""
+    found = {}
+    for name in ("find", "grep", "dd", "ls", "tar", "rm", "git", "fio"):
+        if shutil.which(name):
+            done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+            found[name] = done.stdout.partition("\n")[0]
+    return found
 
 
 def load() -> float:

@@ -7,6 +7,7 @@ A subject is named on the command line by its name, and may be followed by mount
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from tests.compare.machine import unescape
+from tests.compare.machine import mounts
 from tests.compare.processes import Failed, end, last_line, naming, wait_gone
 from tests.compare.stage import Site, Stage, remove
 
@@ -76,6 +77,10 @@ class Subject(ABC):
                 raise Failed(f"mount: nothing is mounted; {last_line(log.read_text(errors='replace'))}")
             time.sleep(0.005)
 
+    def shown(self) -> str:
+        """The mount command as the report has it, with names in place of the directories."""
+        return shlex.join(self.command(Site(Path("SITE"), (Path("TOP"), Path("BASE"))), self.options))
+
     def where(self, site: Site) -> Path:
         """The directory in which the content is seen and the work is done."""
         return site.merged
@@ -93,7 +98,7 @@ class Subject(ABC):
         taken = time.perf_counter() - start
         end(left)
         if left:
-            raise Failed("its daemon did not end after the unmount")
+            raise Failed(f"its daemon had not ended {END_SECONDS:.0f} s after the unmount")
         return taken
 
     def daemons(self, site: Site) -> list[int]:
@@ -112,7 +117,7 @@ class Bare(Subject):
         return "the file system itself"
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
-        raise NotImplementedError
+        return []
 
     def mount(self, site: Site, more: Sequence[str] = ()) -> None:
         pass
@@ -197,9 +202,7 @@ class Ours(Subject):
     uncached = ("timeout=0",)
 
     def version(self) -> str:
-        from unionfs import __version__
-
-        return f"unionfs {__version__}"
+        return ", ".join(_ask(*self.unionfs("--version")).split("\n")).strip(", ")
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         lowers, layers = ":".join(map(str, site.lowers)), (str(site.upper), str(site.merged))
@@ -233,9 +236,7 @@ def _ask(*words: str) -> str:
 
 def mounts_below(base: Path) -> list[Path]:
     """Mount points at or below `base` in this mount namespace, the latest first."""
-    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    points = [Path(unescape(line.split(" ")[4])) for line in lines]
-    return [point for point in reversed(points) if point.is_relative_to(base)]
+    return [point for point, _, _ in reversed(mounts()) if point.is_relative_to(base)]
 
 
 def mounted(point: Path) -> bool:

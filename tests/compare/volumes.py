@@ -29,7 +29,7 @@ class Host(Subject):
         return "a directory of the host"
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
-        raise NotImplementedError
+        return []
 
     def mount(self, site: Site, more: Sequence[str] = ()) -> None:
         self.where(site).mkdir()
@@ -69,12 +69,13 @@ class BindKernel(Ours):
     kind = "bind-kernel"
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
-        host = site.base / "host"
-        host.mkdir()
-        command = super().command(site, options)
+        command, mode = super().command(site, options), self.kind.removeprefix("bind-")
         after = command.index("mount") + 1
-        mode = self.kind.removeprefix("bind-")
-        return [*command[:after], "--bind-mode", mode, "-v", f"{host}:/bound", *command[after:]]
+        return [*command[:after], "--bind-mode", mode, "-v", f"{site.base / 'host'}:/bound", *command[after:]]
+
+    def mount(self, site: Site, more: Sequence[str] = ()) -> None:
+        (site.base / "host").mkdir()
+        super().mount(site, more)
 
     def unmount(self, site: Site, *, spoilt: Sequence[str] = ()) -> float:
         try:

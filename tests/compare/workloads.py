@@ -95,7 +95,8 @@ class Workload:
 
     def missing(self) -> str:
         """The reason why it can't be run on this machine; empty if it can."""
-        return "".join(f"{program} is not installed" for program in self.needs if not shutil.which(program))[:60]
+        missing = [program for program in self.needs if not shutil.which(program)]
+        return f"{' and '.join(missing)} not installed" if missing else ""
 
     def sample(self, sample: Sample) -> dict[str, float]:
         """Mount, run, unmount; results by phase. Raises Failed."""
