@@ -557,7 +557,7 @@ def test_ls(place: Place) -> None:
     assert "noatime" in entry["options"]["mount_options"]
     said = unionfs("ls")
     (line,) = [line for line in said.out.splitlines() if line.startswith(str(place.mnt))]
-    assert ["mounted", str(entry["pid"]), str(place.upper), str(place.lower)] == line.split()[1:]
+    assert ["-", "mounted", str(entry["pid"]), str(place.upper), str(place.lower), "-"] == line.split()[1:]
     assert place.umount().status == 0
     assert listed(place.mnt) == []
 
