@@ -17,6 +17,7 @@ KNOWN = {
     "changes to an open lower object without a name": "overlayfs fails them, leaves things in work, or brings the name back; "
     "here they work on a file",
     "marks of what failed": "overlayfs marks directories and what it will move before it tries to; here nothing stays",
+    "suid set while the file is open for writing": "a write by root clears it, as one by others does",
     "O_TMPFILE": "the FUSE library has no such request (kind tmpfile is left out)",
     "time of a metacopy file opened for writing": "overlayfs sets it to now when the data is copied up; here it stays",
     "security.capability after a write through a shared mapping": "pages are written back by the daemon, and the host "
@@ -28,6 +29,10 @@ _IMPURE = "trusted.overlay.impure"
 _MARKS = {_IMPURE, "trusted.overlay.redirect", "trusted.overlay.opaque"}
 #: Kinds that FUSE cannot serve here.
 LEFT_OUT = frozenset({"tmpfile"})
+
+#: Kinds that write data. Root's writes to a file with suid or sgid that was open before it got them are left out: the
+#: kernel clears the bits on a file that is passed through, whoever writes.
+WRITING = {"write", "pwrite", "writefile", "mmap_write"}
 
 #: Kinds that change something through a descriptor: before them the name that it was opened by is looked up.
 BY_DESCRIPTOR = {"publish", "fchmod", "fchown", "futimens", "fsetxattr", "ftruncate", "reopen"}

@@ -148,6 +148,17 @@ class Driver:
             return False
         return True
 
+    def has_suidgid(self, target: int | bytes) -> bool:
+        """Whether a slot's file, or one at a path of which a slot is open, has set-user-id or set-group-id."""
+        try:
+            os.fchdir(self.root_fd)
+            status = os.stat(target) if isinstance(target, bytes) else os.fstat(self.files[target])
+        except (OSError, KeyError):
+            return False
+        return bool(status.st_mode & 0o6000) and any(
+            os.path.samestat(status, os.fstat(fd)) for fd in self.files.values()
+        )
+
     def modified(self, op: Op) -> object:
         """When the file that ``op`` has opened was modified."""
         return self.view.time(os.stat(self._target(op)).st_mtime_ns)
