@@ -14,11 +14,14 @@ on which the kernel looks the name up again.
 All is synchronous, for one thread; what fails raises plain :class:`OSError`. `Binds.node` is where descriptors may be
 closed, so call it for all nodes of an operation before the operation itself.
 
+A way that leads back into the union's own mount (a source that holds its mount point) ends in ELOOP. It is known by its
+path; a bind mount of the union elsewhere, below a source, is not and would hang.
+
 What a kernel bind mount does and this does not: statfs(2) tells of the union's file system; locks (flock, fcntl) hold
-inside the mount only, not against the host; shared mappings see the host's writes when the file is next read or
-opened; access(2) does not know that a bind path is read-only; reading a symbolic link sets its access time on a
-read-only one too. Before Linux 6.13 a host's write that leaves size and (coarse) mtime as they are is seen by the next
-open, not by the next read.
+inside the mount only, not against the host; without passthrough, shared mappings see the host's writes when the file is
+next read or opened; access(2) does not know that a bind path is read-only; reading a symbolic link sets its access time
+on a read-only one too. Before Linux 6.13 a host's write that leaves size and (coarse) mtime as they are is seen by the
+next open, not by the next read.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ ID_PREFIX: Final = 0b101
 ID_SHIFT: Final = 61
 """Node ids of bind paths have these top bits, which no union node has."""
 
+_FIRST_ID: Final = ID_PREFIX << ID_SHIFT
+_EXTRA_BIT: Final = 1 << ID_SHIFT - 1
 _NOTHING: Final = Changes()
 CHANGING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 """Flags of an open(2) that may change the file."""
@@ -165,7 +170,7 @@ class Binds:
         self._room = _descriptor_room() if room is None else room
         self._on_open, self._on_close = on_open, on_close
         self._kept: OrderedDict[BindNode, None] = OrderedDict()  # those with a descriptor, the latest last
-        self._last_id = ID_PREFIX << ID_SHIFT
+        self._extra = 0
         self._me = (os.geteuid(), os.getegid())
 
     # -- attaching --
@@ -316,8 +321,7 @@ class Binds:
             os.close(fd)
             raise
         if node is None:
-            self._last_id += 1
-            node = BindNode(self._last_id, bind, key, self._map_ino(*key), stat.S_IFMT(st.st_mode))
+            node = BindNode(self._free_id(st.st_ino), bind, key, self._map_ino(*key), stat.S_IFMT(st.st_mode))
             bind.by_key[key] = self.nodes[node.id] = node
         if node.fd < 0:
             self._keep(node, fd)
@@ -325,6 +329,13 @@ class Binds:
             os.close(fd)
             node.used = True
         return node, st
+
+    def _free_id(self, ino: int) -> int:
+        """Return a node id: the host's number where it is free, for without the native layer users see node ids."""
+        if ino < _EXTRA_BIT and _FIRST_ID | ino not in self.nodes:
+            return _FIRST_ID | ino
+        self._extra += 1
+        return _FIRST_ID | _EXTRA_BIT | self._extra
 
     @staticmethod
     def _named(node: BindNode, parent: BindNode, name: bytes) -> None:
@@ -427,18 +438,18 @@ class Binds:
         return {name: root for (parent, name), root in self.points.items() if parent == node_id}
 
     def _open_directory(self, node: BindNode) -> int:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        return self._without_atime(node, b".", flags, self.fd(node))
+        """Open a directory for reading, which takes no permission to search it."""
+        return self._without_atime(node, self._path(node), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @staticmethod
-    def _without_atime(node: BindNode, path: bytes, flags: int, dirfd: int | None = None) -> int:
+    def _without_atime(node: BindNode, path: bytes, flags: int) -> int:
         """Open for reading; what is read-only keeps its access time, as far as this process may ask for that."""
         if node.bind.read_only:
             try:
-                return os.open(path, flags | os.O_NOATIME, dir_fd=dirfd)
+                return os.open(path, flags | os.O_NOATIME)
             except PermissionError:
                 pass
-        return os.open(path, flags, dir_fd=dirfd)
+        return os.open(path, flags)
 
     def open_for_sync(self, node: BindNode) -> int:
         """Return a descriptor for syncing a directory."""

@@ -7,11 +7,13 @@ What keeps the host's changes visible at once:
 
 - Entries and attributes of bind paths have timeouts of 0, and what is absent is not remembered: every use of a path
   asks for each of its names. The entry of a bind path's own root may be kept; nobody but us can change it.
-- The answers to GETATTR cost little: the native layer gives them, on each node's ``O_PATH`` descriptor.
-- Pages: the kernel is asked to drop them when it learns of another mtime or size (FUSE_AUTO_INVAL_DATA, in place of the
-  union's explicit invalidation), and it asks for attributes before each read, since they have timed out. Opening a file
-  drops them as well. So mmap works as on any file system (direct I/O would take shared mappings away on older kernels).
-  The union's own files lose little: their attributes don't time out, but the first read after a write reads anew.
+- The answers cost little: the native layer gives those to GETATTR, on each node's ``O_PATH`` descriptor, and the
+  frequent other requests don't go through pyfuse3 (bind_direct.py).
+- Pages: with passthrough the kernel uses the host's own. Else it is asked to drop its own when it learns of another
+  mtime or size (FUSE_AUTO_INVAL_DATA, in place of the union's explicit invalidation), and asks for attributes before
+  each read, since they have timed out. Opening a file drops them as well. So mmap works as on any file system (direct
+  I/O would take shared mappings away on older kernels). The union's own files lose little: their attributes don't time
+  out, but the first read after a write reads anew.
 - Symbolic links: their targets are cached with the inode, and never change: a replaced link is another node.
 - Appending goes to the end that the host's file has: the native layer, or `write`, sees to it.
 """
@@ -444,7 +446,11 @@ class BindingOperations(UnionOperations):
         if self._native:
             return pyfuse3.readdir_reply(token, name, self._bare(ino, kind << _DT_SHIFT), position)
         root = self._binds.points.get((parent.id, name))
-        looked = self._binds.look(parent, name) if root is None else (root, self._binds.stat(root))
+        try:
+            looked = self._binds.look(parent, name) if root is None else (root, self._binds.stat(root))
+        except OSError:
+            # Listed all the same: whoever asks for it gets the error.
+            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, kind << _DT_SHIFT), position)
         return looked is None or self._reply_bound(token, name, *looked, position)
 
     def _reply_bound(

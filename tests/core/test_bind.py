@@ -73,6 +73,7 @@ def test_one_node_for_all_names_of_a_file(host: Path, bind: Maker) -> None:
     with fails(errno.ESTALE):
         binds.node(node.id)
     assert found(binds, root, b"a") is not node
+    assert found(binds, root, b"a").id == node.id, "without the native layer this is the number that users see"
 
 
 def test_descriptors_stay_below_the_limit(host: Path, bind: Maker) -> None:
