@@ -1091,28 +1091,28 @@ static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 }
 
 /* Where os.stat_result has its fields. */
-enum { ST_MODE, ST_INO, ST_DEV, ST_NLINK, ST_UID, ST_GID, ST_SIZE, ST_ATIME_NS = 13, ST_MTIME_NS, ST_CTIME_NS,
-       ST_BLKSIZE, ST_BLOCKS, ST_RDEV };
+enum { ST_MODE, ST_INO, ST_DEV, ST_NLINK, ST_UID, ST_GID, ST_SIZE, ST_ATIME, ST_MTIME, ST_CTIME,
+       ST_ATIME_NS = 13, ST_MTIME_NS, ST_CTIME_NS, ST_BLKSIZE, ST_BLOCKS, ST_RDEV };
 
 static long long field(PyObject *st, int index)
 {
 	return PyLong_AsLongLong(PyStructSequence_GetItem(st, index));
 }
 
-static struct timespec time_field(PyObject *st, int index)
+/* The nanoseconds since 1970 may take more than 64 bits, what is left of them after the whole seconds doesn't. */
+static struct timespec time_field(PyObject *st, int seconds_at, int ns_at)
 {
-	const long long second = 1000000000;
-	long long ns = field(st, index);
-	long long rest = ((ns % second) + second) % second;
+	long long seconds = field(st, seconds_at);
+	uint64_t ns = PyLong_AsUnsignedLongLongMask(PyStructSequence_GetItem(st, ns_at));
 
-	return (struct timespec){.tv_sec = (ns - rest) / second, .tv_nsec = rest};
+	return (struct timespec){.tv_sec = seconds, .tv_nsec = (long)(ns - (uint64_t)seconds * 1000000000)};
 }
 
 static struct fuse_attr attributes_of(PyObject *st, uint64_t ino, long long nlink, long long blocks)
 {
-	struct timespec atime = time_field(st, ST_ATIME_NS);
-	struct timespec mtime = time_field(st, ST_MTIME_NS);
-	struct timespec ctime = time_field(st, ST_CTIME_NS);
+	struct timespec atime = time_field(st, ST_ATIME, ST_ATIME_NS);
+	struct timespec mtime = time_field(st, ST_MTIME, ST_MTIME_NS);
+	struct timespec ctime = time_field(st, ST_CTIME, ST_CTIME_NS);
 
 	return (struct fuse_attr){
 		.ino = ino,

@@ -441,6 +441,8 @@ class Direct:
         """Pack an entry for READDIRPLUS and count its lookup; None where there is no room."""
         if _ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
             return None
+        if self._covered and (handle.node.id, entry.name) in self._covered:
+            return _NO_ENTRY + _bare(1 << 62, position, entry.name, entry.kind)
         try:
             looked = self._union.look_at(handle, entry)
         except OSError:
