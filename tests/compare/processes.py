@@ -71,12 +71,14 @@ def last_line(text: str) -> str:
 
 
 def naming(path: Path) -> list[int]:
-    """The processes that were given `path`, or something below it, as an argument: the daemons of a mount there."""
+    """The processes of this mount namespace that were given `path`, or something below it: the daemons of a mount there."""
     found = []
+    own = os.readlink("/proc/self/ns/mnt")
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             with suppress(OSError):
-                if os.fsencode(path) in Path(f"/proc/{entry}/cmdline").read_bytes():
+                given = os.fsencode(path) in Path(f"/proc/{entry}/cmdline").read_bytes()
+                if given and os.readlink(f"/proc/{entry}/ns/mnt") == own:
                     found.append(int(entry))
     return found
 

@@ -150,21 +150,14 @@ class Stage:
 
 
 def remove(path: Path) -> None:
-    """Remove a tree, whatever modes a workload left in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=_make_writable)
-    else:
+    """Remove a file or a tree, whatever modes a workload left in it; nothing happens where there is none."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-
-
-def _make_writable(function: Callable[[str], object], path: str, _why: object) -> None:
-    """Give an ordinary user back what chmod took, and try once more."""
-    for each in (os.path.dirname(path), path):
-        if not os.path.islink(each):
-            os.chmod(each, 0o700)
-    if function in {os.rmdir, os.unlink}:
-        function(path)
-    else:
+        return
+    try:
+        shutil.rmtree(path)
+    except PermissionError:
+        subprocess.run(["chmod", "-R", "u+rwx", str(path)], check=False)
         shutil.rmtree(path)
 
 
