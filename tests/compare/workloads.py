@@ -35,6 +35,7 @@ SMALL: Goal = {**NOT_SLOWER, _OVERLAYFS: 2.0, _FUSE_OVERLAYFS: 0.7}
 COPY_UP: Goal = {**NOT_SLOWER, _OVERLAYFS: 0.5}
 REQUEST: Goal = {_FUSE_OVERLAYFS: 1.3}
 MOUNT_SECONDS = 0.4
+BYTES_PER_INODE = 350e6 / 600_000
 PROBE = Path(__file__).with_name("probe.py")
 IMPORTING = Path(__file__).with_name("importing.py")
 GIT = "git -c user.name=compare -c user.email=compare@localhost -c commit.gpgsign=false"
@@ -172,7 +173,7 @@ class Memory(Workload):
     def sample(self, sample: Sample) -> dict[str, float]:
         try:
             sample.subject.mount(sample.site)
-            sample.shell("find walk -type f -printf '%s\\n' | wc -l")
+            sample.shell(f"test $(find walk -type f -printf '%s\\n' | wc -l) -eq {sample.stage.sizes.walk_inodes}")
             daemons = sample.subject.daemons(sample.site)
             if not daemons:
                 raise Failed("its daemon was not found")
@@ -392,5 +393,10 @@ def _daemon(sizes: Sizes) -> list[Workload]:
             script=f"{probe} fstat one {sizes.stats}",
             parse=last_number,
         ),
-        Memory("memory", f"daemon memory, {sizes.walk_inodes:,} files", "daemon", ("walk",), unit="B", full=True),
+        Memory(
+            *("memory", f"daemon memory, {sizes.walk_inodes:,} files", "daemon", ("walk",)),
+            limit=sizes.walk_inodes * BYTES_PER_INODE,
+            unit="B",
+            full=True,
+        ),
     ]
