@@ -395,7 +395,7 @@ def _daemon(sizes: Sizes) -> list[Workload]:
         ),
         Memory(
             *("memory", f"daemon memory, {sizes.walk_inodes:,} files", "daemon", ("walk",)),
-            limit=sizes.walk_inodes * BYTES_PER_INODE,
+            limit=sizes.walk_inodes * BYTES_PER_INODE if sizes.walk_inodes >= 100_000 else None,
             unit="B",
             full=True,
         ),
