@@ -77,9 +77,13 @@ def parser() -> argparse.ArgumentParser:
         "--dir",
         type=Path,
         metavar="DIR",
-        help="make the layers in a new directory there (default: /var/tmp; 6 GiB free)",
+        help="put everything in a new directory there; 6 GiB free (default: /var/tmp)",
     )
-    add("--fs", choices=("ext4", "xfs", "btrfs"), help="make them on a fresh file system in a file there")
+    add(
+        "--fs",
+        choices=("ext4", "xfs", "btrfs", "none"),
+        help="on a fresh file system in a file there; none: on that directory's own (default: ext4, with --dir none)",
+    )
     add("--rootless", action="store_true", help="in a user namespace, as an ordinary user has it")
     add("--list", action="store_true", help="list subjects and workloads")
     return made
