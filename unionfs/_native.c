@@ -1210,6 +1210,7 @@ static bool driving; /* dispatch.py decides when to wait: the device must never 
 static bool drained; /* the device had nothing at the last look */
 static int64_t spin_ns; /* how long to look for the next request before sleeping */
 static int64_t linger_ns; /* how long to sleep then, before the loop is asked to wait */
+static int loop_fd = -1; /* becomes readable when other tasks of the loop have something to do */
 static int64_t slice_ns; /* how long to go on without letting other tasks run */
 static int64_t slice_end;
 
@@ -1251,13 +1252,13 @@ static bool served_here(const struct fuse_buf *buf)
 	}
 }
 
-/* Whether the device has a request within the time. */
+/* Whether the device has a request within the time, which ends early if the loop's other tasks have something to do. */
 static bool readable_within(int device, int64_t timeout_ns)
 {
-	struct pollfd fd = {.fd = device, .events = POLLIN};
+	struct pollfd fds[2] = {{.fd = device, .events = POLLIN}, {.fd = loop_fd, .events = POLLIN}};
 	struct timespec timeout = {.tv_nsec = timeout_ns};
 
-	return ppoll(&fd, 1, &timeout, NULL) > 0;
+	return ppoll(fds, timeout_ns && loop_fd >= 0 ? 2 : 1, &timeout, NULL) > 0 && fds[0].revents;
 }
 
 /*
@@ -1632,7 +1633,7 @@ static PyObject *py_drive(PyObject *self UNUSED, PyObject *args)
 {
 	double spin_seconds, linger_seconds, slice_seconds;
 
-	if (!PyArg_ParseTuple(args, "ddd", &spin_seconds, &linger_seconds, &slice_seconds))
+	if (!PyArg_ParseTuple(args, "dddi", &spin_seconds, &linger_seconds, &slice_seconds, &loop_fd))
 		return NULL;
 	spin_ns = (int64_t)(spin_seconds * 1e9);
 	linger_ns = (int64_t)(linger_seconds * 1e9);
@@ -1685,7 +1686,7 @@ static PyMethodDef methods[] = {
 	 "(node, st_ino, entry timeout, attribute timeout, nlink, blocks, stat result): struct fuse_entry_out."},
 	{"pack_attributes", (PyCFunction)(void (*)(void))py_pack_attributes, METH_FASTCALL,
 	 "(st_ino, timeout, nlink, blocks, stat result): struct fuse_attr_out."},
-	{"drive", py_drive, METH_VARARGS, "Never block in receiving; (spin, linger, slice) in seconds."},
+	{"drive", py_drive, METH_VARARGS, "(spin, linger, slice, fd of the loop): never block in receiving."},
 	{"drained", py_drained, METH_NOARGS, "Whether the device had no request at the last look."},
 	{"may_receive", py_may_receive, METH_NOARGS, "Whether to go on receiving without waiting or yielding."},
 	{"new_slice", py_new_slice, METH_NOARGS, "Start the next stretch of receiving."},

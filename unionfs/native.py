@@ -269,12 +269,14 @@ def take_backing(fd: int) -> int:
     return int(_module.take_backing(fd)) if _module is not None else 0
 
 
-def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:
+def readiness(spin: float, linger: float, slice_seconds: float, loop_fd: int) -> ModuleType | None:
     """Make receiving non-blocking and return its controls (`may_receive`, `drained`, `new_slice`), for `dispatch`.
 
     Args:
         spin: seconds to look for the next request before sleeping.
-        linger: seconds to sleep until a request comes, before the device counts as drained.
+        linger: seconds to sleep until a request comes, before the device counts as drained; less than one.
+        loop_fd: a descriptor that becomes readable when the loop has something to do for other tasks, which ends
+            the sleep; -1: none.
         slice_seconds: seconds for which `may_receive` stays true after `new_slice`.
 
     Returns:
@@ -282,7 +284,7 @@ def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | 
     """
     if _module is None or not active():
         return None
-    _module.drive(spin, linger, slice_seconds)
+    _module.drive(spin, linger, slice_seconds, loop_fd)
     return _module
 
 
