@@ -118,6 +118,7 @@ static struct {
 	uint32_t opcode;
 	uint32_t uid;
 	uint64_t nodeid;
+	uint64_t unique;
 	bool kill_suidgid;
 	int xattr_flags; /* of SETXATTR; pyfuse3 doesn't hand them on but asks for the attribute first */
 } request;
@@ -181,6 +182,7 @@ struct job {
 	void (*run)(const struct job *job);
 	struct job *next;
 	fuse_req_t req;
+	uint64_t unique; /* in place of req, of a request that libfuse has not seen */
 	int fd, fd_out;
 	off_t off, off_out;
 	size_t size;
@@ -919,6 +921,7 @@ static void note_request(const struct fuse_buf *buf)
 	request.opcode = in->opcode;
 	request.uid = in->uid;
 	request.nodeid = in->nodeid;
+	request.unique = in->unique;
 	request.kill_suidgid = asks_to_kill(in->opcode, in + 1, buf->size - sizeof(*in));
 }
 
@@ -1012,6 +1015,25 @@ static void reply_raw(struct fuse_session *se, uint64_t unique, int error, const
 		errno = 0;
 }
 
+static void run_sync_and_close(const struct job *job)
+{
+	int error = fsync(job->fd) ? errno : 0;
+
+	close(job->fd);
+	reply_raw(session, job->unique, error, NULL, 0);
+}
+
+/* The answer comes from a thread; the handler that called this says so by returning True. */
+static PyObject *py_sync_later(PyObject *self UNUSED, PyObject *fd)
+{
+	struct job job = {.run = run_sync_and_close, .unique = request.unique, .fd = (int)PyLong_AsLong(fd)};
+
+	if (PyErr_Occurred())
+		return NULL;
+	submit(&job);
+	Py_RETURN_TRUE;
+}
+
 /* The errno of the exception that is set, which is cleared. */
 static int errno_of_exception(void)
 {
@@ -1057,8 +1079,8 @@ static PyObject *call_direct(PyObject *handler, const struct fuse_in_header *in)
 }
 
 /*
- * Have Python answer the request at once: with the body of the answer, with an errno, or with None, which leaves the
- * request to pyfuse3. Returns whether it is done with.
+ * Have Python answer the request at once: with the body of the answer, with an errno, with True if the answer comes
+ * later, or with None, which leaves the request to pyfuse3. Returns whether it is done with.
  */
 static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 {
@@ -1079,6 +1101,8 @@ static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 			reply_raw(se, in->unique, error, NULL, 0);
 	} else if (result == Py_None) {
 		answered = false;
+	} else if (result == Py_True) {
+		PyErr_Clear(); /* the answer comes later */
 	} else if (!silent && PyBytes_Check(result)) {
 		reply_raw(se, in->unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
 	} else if (!silent) {
@@ -1679,6 +1703,7 @@ static PyMethodDef methods[] = {
 	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},
 	{"announce_backing", py_announce_backing, METH_VARARGS, "(fh, id): the reply handing out fh carries id."},
 	{"plain_listings", py_plain_listings, METH_NOARGS, "READDIR is answered, too."},
+	{"sync_later", py_sync_later, METH_O, "Sync and close the descriptor in a thread, and answer the request with that."},
 	{"take_backing", py_take_backing, METH_O, "The id announced for fh, which no reply of pyfuse3 will carry."},
 	{"set_direct", py_set_direct, METH_VARARGS, "(opcode, handler): who answers such requests at once."},
 	{"set_direct_failed", py_set_direct_failed, METH_O, "Who is told of exceptions that are no OSError."},

@@ -264,6 +264,15 @@ def pack_attributes(ino: int, timeout: float, nlink: int, blocks: int, st: os.st
     return packed
 
 
+def sync_later(fd: int) -> bool:
+    """Sync and close a descriptor in a thread of the layer, and answer the request being handled with the outcome.
+
+    Returns True, for the direct handler to return.
+    """
+    assert _module is not None
+    return bool(_module.sync_later(fd))
+
+
 def take_backing(fd: int) -> int:
     """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
     return int(_module.take_backing(fd)) if _module is not None else 0
