@@ -31,6 +31,7 @@ help:
 	@echo 'make lint types                        ruff, mypy'
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
+	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
 
 mount: packages $(VENV)/.installed
@@ -54,6 +55,9 @@ fuzz: root packages-test $(VENV)/.installed-test
 
 compare: packages $(VENV)/.installed
 	@scripts/compare $(ARGS)
+
+sanitize: root packages-test $(VENV)/.installed-test
+	@scripts/sanitize $(BIN)/python $(ARGS)
 
 clean:
 	@scripts/umount --quiet

@@ -118,6 +118,7 @@ static struct {
 	uint32_t opcode;
 	uint32_t uid;
 	uint64_t nodeid;
+	uint64_t unique;
 	bool kill_suidgid;
 	int xattr_flags; /* of SETXATTR; pyfuse3 doesn't hand them on but asks for the attribute first */
 } request;
@@ -181,6 +182,7 @@ struct job {
 	void (*run)(const struct job *job);
 	struct job *next;
 	fuse_req_t req;
+	uint64_t unique; /* in place of req, of a request that libfuse has not seen */
 	int fd, fd_out;
 	off_t off, off_out;
 	size_t size;
@@ -919,6 +921,7 @@ static void note_request(const struct fuse_buf *buf)
 	request.opcode = in->opcode;
 	request.uid = in->uid;
 	request.nodeid = in->nodeid;
+	request.unique = in->unique;
 	request.kill_suidgid = asks_to_kill(in->opcode, in + 1, buf->size - sizeof(*in));
 }
 
@@ -1012,6 +1015,25 @@ static void reply_raw(struct fuse_session *se, uint64_t unique, int error, const
 		errno = 0;
 }
 
+static void run_sync_and_close(const struct job *job)
+{
+	int error = fsync(job->fd) ? errno : 0;
+
+	close(job->fd);
+	reply_raw(session, job->unique, error, NULL, 0);
+}
+
+/* The answer comes from a thread; the handler that called this says so by returning True. */
+static PyObject *py_sync_later(PyObject *self UNUSED, PyObject *fd)
+{
+	struct job job = {.run = run_sync_and_close, .unique = request.unique, .fd = (int)PyLong_AsLong(fd)};
+
+	if (PyErr_Occurred())
+		return NULL;
+	submit(&job);
+	Py_RETURN_TRUE;
+}
+
 /* The errno of the exception that is set, which is cleared. */
 static int errno_of_exception(void)
 {
@@ -1057,8 +1079,8 @@ static PyObject *call_direct(PyObject *handler, const struct fuse_in_header *in)
 }
 
 /*
- * Have Python answer the request at once: with the body of the answer, with an errno, or with None, which leaves the
- * request to pyfuse3. Returns whether it is done with.
+ * Have Python answer the request at once: with the body of the answer, with an errno, with True if the answer comes
+ * later, or with None, which leaves the request to pyfuse3. Returns whether it is done with.
  */
 static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 {
@@ -1079,6 +1101,8 @@ static bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 			reply_raw(se, in->unique, error, NULL, 0);
 	} else if (result == Py_None) {
 		answered = false;
+	} else if (result == Py_True) {
+		PyErr_Clear(); /* the answer comes later */
 	} else if (!silent && PyBytes_Check(result)) {
 		reply_raw(se, in->unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
 	} else if (!silent) {
@@ -1210,6 +1234,7 @@ static bool driving; /* dispatch.py decides when to wait: the device must never 
 static bool drained; /* the device had nothing at the last look */
 static int64_t spin_ns; /* how long to look for the next request before sleeping */
 static int64_t linger_ns; /* how long to sleep then, before the loop is asked to wait */
+static int loop_fd = -1; /* becomes readable when other tasks of the loop have something to do */
 static int64_t slice_ns; /* how long to go on without letting other tasks run */
 static int64_t slice_end;
 
@@ -1251,13 +1276,13 @@ static bool served_here(const struct fuse_buf *buf)
 	}
 }
 
-/* Whether the device has a request within the time. */
+/* Whether the device has a request within the time, which ends early if the loop's other tasks have something to do. */
 static bool readable_within(int device, int64_t timeout_ns)
 {
-	struct pollfd fd = {.fd = device, .events = POLLIN};
+	struct pollfd fds[2] = {{.fd = device, .events = POLLIN}, {.fd = loop_fd, .events = POLLIN}};
 	struct timespec timeout = {.tv_nsec = timeout_ns};
 
-	return ppoll(&fd, 1, &timeout, NULL) > 0;
+	return ppoll(fds, timeout_ns && loop_fd >= 0 ? 2 : 1, &timeout, NULL) > 0 && fds[0].revents;
 }
 
 /*
@@ -1632,7 +1657,7 @@ static PyObject *py_drive(PyObject *self UNUSED, PyObject *args)
 {
 	double spin_seconds, linger_seconds, slice_seconds;
 
-	if (!PyArg_ParseTuple(args, "ddd", &spin_seconds, &linger_seconds, &slice_seconds))
+	if (!PyArg_ParseTuple(args, "dddi", &spin_seconds, &linger_seconds, &slice_seconds, &loop_fd))
 		return NULL;
 	spin_ns = (int64_t)(spin_seconds * 1e9);
 	linger_ns = (int64_t)(linger_seconds * 1e9);
@@ -1678,6 +1703,7 @@ static PyMethodDef methods[] = {
 	{"backing_close", py_backing_close, METH_O, "Give a backing id up."},
 	{"announce_backing", py_announce_backing, METH_VARARGS, "(fh, id): the reply handing out fh carries id."},
 	{"plain_listings", py_plain_listings, METH_NOARGS, "READDIR is answered, too."},
+	{"sync_later", py_sync_later, METH_O, "Sync and close the descriptor in a thread, and answer the request with that."},
 	{"take_backing", py_take_backing, METH_O, "The id announced for fh, which no reply of pyfuse3 will carry."},
 	{"set_direct", py_set_direct, METH_VARARGS, "(opcode, handler): who answers such requests at once."},
 	{"set_direct_failed", py_set_direct_failed, METH_O, "Who is told of exceptions that are no OSError."},
@@ -1685,7 +1711,7 @@ static PyMethodDef methods[] = {
 	 "(node, st_ino, entry timeout, attribute timeout, nlink, blocks, stat result): struct fuse_entry_out."},
 	{"pack_attributes", (PyCFunction)(void (*)(void))py_pack_attributes, METH_FASTCALL,
 	 "(st_ino, timeout, nlink, blocks, stat result): struct fuse_attr_out."},
-	{"drive", py_drive, METH_VARARGS, "Never block in receiving; (spin, linger, slice) in seconds."},
+	{"drive", py_drive, METH_VARARGS, "(spin, linger, slice, fd of the loop): never block in receiving."},
 	{"drained", py_drained, METH_NOARGS, "Whether the device had no request at the last look."},
 	{"may_receive", py_may_receive, METH_NOARGS, "Whether to go on receiving without waiting or yielding."},
 	{"new_slice", py_new_slice, METH_NOARGS, "Start the next stretch of receiving."},

@@ -7,6 +7,7 @@ need. Where the native layer is in force, it hands the frequent requests as they
 
 - bytes: the body of the answer;
 - an int: an errno, 0 for success without a body;
+- True: the answer comes later (`native.sync_later`);
 - None: nothing was done, and pyfuse3 shall handle the request. So goes what would have to wait (a copy of data), and
   what isn't the union's.
 
@@ -118,6 +119,7 @@ class Direct:
             27: self.opendir,
             28: self.readdir,
             29: self.releasedir,
+            30: self.fsyncdir,
             35: self.create,
             42: self.batch_forget,
             44: self.readdirplus,
@@ -248,7 +250,7 @@ class Direct:
         """Remove a file's name."""
         name = body[:-1]
         parent = self._directory(node_id, name)
-        if parent is None:
+        if parent is None or self._covered:
             return None
         try:
             self._dirs.unlink(parent, name)
@@ -262,7 +264,7 @@ class Direct:
         """Remove a directory."""
         name = body[:-1]
         parent = self._directory(node_id, name)
-        if parent is None:
+        if parent is None or self._covered:
             return None
         try:
             self._dirs.rmdir(parent, name)
@@ -282,8 +284,8 @@ class Direct:
     def _rename(self, old_id: int, new_id: int, names: bytes, flags: int) -> Answer:
         old, new, _ = names.split(b"\0")
         old_dir, new_dir = self._directory(old_id, old), self._directory(new_id, new)
-        if old_dir is None or new_dir is None:
-            return None
+        if old_dir is None or new_dir is None or self._covered:
+            return None  # what leads to a covered place must stay
         try:
             self._dirs.rename(old_dir, old, new_dir, new, flags)
         except DataCopyPending:
@@ -389,6 +391,14 @@ class Direct:
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
         return None if self._dir_handles.pop(_u64(body)[0], None) is None else 0
+
+    def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Make a directory's entries durable."""
+        handle = self._dir_handles.get(_u64(body)[0])
+        if handle is None:
+            return None
+        fd = self._union.open_for_sync(handle.node)
+        return native.sync_later(fd) if fd >= 0 else 0
 
     def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """List a directory: names, numbers and types."""

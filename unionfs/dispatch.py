@@ -34,8 +34,12 @@ SLICE = 0.002
 SPIN = 0.00002
 """Seconds to look for the next request before sleeping: less than waking up takes."""
 
-LINGER = 0.0001
-"""Seconds to sleep until the next request before going through epoll."""
+LINGER = 0.002
+"""Seconds to sleep until the next request before going through trio, which costs more than a request: a client that
+computes between its requests should find us awake. What happens in trio meanwhile ends the sleep."""
+
+LINGER_BLIND = 0.0001
+"""The same where we can't see what happens in trio."""
 
 
 class _Nothing:
@@ -130,12 +134,24 @@ class _LowLevel:
 
     async def _wait(self, device: int) -> None:
         if self._readiness is None:
-            self._readiness = native.readiness(SPIN, LINGER, SLICE) or _Polling(device)
+            loop_fd = _loop_fd()
+            linger = LINGER if loop_fd >= 0 else LINGER_BLIND
+            self._readiness = native.readiness(SPIN, linger, SLICE, loop_fd) or _Polling(device)
         if self._readiness.drained():
             await trio.lowlevel.wait_readable(device)
         else:
             await trio.lowlevel.checkpoint()
         self._readiness.new_slice()
+
+
+def _loop_fd() -> int:
+    """Return trio's epoll descriptor, -1 if it isn't where it used to be: trio has no public way to it."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        return int(GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno())
+    except (ImportError, AttributeError):
+        return -1
 
 
 class _Trio:

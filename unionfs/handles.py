@@ -14,7 +14,7 @@ writes. So it may not keep the attributes (`attributes_stay`), and asks each tim
 
 Passing a file takes some 25 µs more than not passing it, which small files don't earn back: what is opened for reading
 is passed from `WORTH_BYTES` on. How big a new file will be nobody knows: it is passed, unless the last file that the
-same process made stayed small.
+same process made fits in `SMALL_BYTES`, one write.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from unionfs import native
 from unionfs.inodes import INDEXED, META, UPPER, Node
 
 WORTH_BYTES: Final = 128 << 10
+SMALL_BYTES: Final = 4 << 10
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 
@@ -115,7 +116,7 @@ class Handles:
         self._modes.released(node.id)
         pid = self._makers.pop(fd, None)
         if pid is not None:
-            self._small_maker = pid if os.fstat(fd).st_size < WORTH_BYTES else -1
+            self._small_maker = pid if os.fstat(fd).st_size <= SMALL_BYTES else -1
         mappers = self._mappers.get(node.id)
         if mappers is not None:
             mappers.discard(fd)

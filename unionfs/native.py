@@ -264,17 +264,28 @@ def pack_attributes(ino: int, timeout: float, nlink: int, blocks: int, st: os.st
     return packed
 
 
+def sync_later(fd: int) -> bool:
+    """Sync and close a descriptor in a thread of the layer, and answer the request being handled with the outcome.
+
+    Returns True, for the direct handler to return.
+    """
+    assert _module is not None
+    return bool(_module.sync_later(fd))
+
+
 def take_backing(fd: int) -> int:
     """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
     return int(_module.take_backing(fd)) if _module is not None else 0
 
 
-def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | None:
+def readiness(spin: float, linger: float, slice_seconds: float, loop_fd: int) -> ModuleType | None:
     """Make receiving non-blocking and return its controls (`may_receive`, `drained`, `new_slice`), for `dispatch`.
 
     Args:
         spin: seconds to look for the next request before sleeping.
-        linger: seconds to sleep until a request comes, before the device counts as drained.
+        linger: seconds to sleep until a request comes, before the device counts as drained; less than one.
+        loop_fd: a descriptor that becomes readable when the loop has something to do for other tasks, which ends
+            the sleep; -1: none.
         slice_seconds: seconds for which `may_receive` stays true after `new_slice`.
 
     Returns:
@@ -282,7 +293,7 @@ def readiness(spin: float, linger: float, slice_seconds: float) -> ModuleType | 
     """
     if _module is None or not active():
         return None
-    _module.drive(spin, linger, slice_seconds)
+    _module.drive(spin, linger, slice_seconds, loop_fd)
     return _module
 
 
