@@ -121,7 +121,7 @@ def _wanted(filters: dict[str, list[str]]) -> Wanted:
 
 # --- commands -------------------------------------------------------------------------------------
 
-Filters = Annotated[list[str] | None, typer.Option("--filter", metavar="KEY=VALUE", help="Repeatable, see below.")]
+Filters = Annotated[list[str] | None, typer.Option("--filter", metavar="KEY=VALUE", help="Repeatable, see above.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)]
 
 
@@ -334,8 +334,8 @@ def _human(size: float) -> str:
 @volume_app.command(epilog=_epilog("unionfs volume rename web web-old"))
 def rename(
     ctx: typer.Context,
-    old: Annotated[str, typer.Argument(show_default=False)],
-    new: Annotated[str, typer.Argument(show_default=False)],
+    old: Annotated[str, typer.Argument(metavar="OLD", show_default=False)],
+    new: Annotated[str, typer.Argument(metavar="NEW", show_default=False)],
 ) -> None:
     """Give a volume that no mount uses another name.
 
@@ -347,8 +347,8 @@ def rename(
 @volume_app.command(epilog=_epilog("unionfs volume clone web web-test"))
 def clone(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(show_default=False)],
-    name: Annotated[str, typer.Argument(show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
 ) -> None:
     """Make a volume NAME with the content and labels of SOURCE.
 
@@ -379,6 +379,11 @@ def clone(
         where = os.fsdecode(exc.filename) if exc.filename is not None else source
         raise VolumeError(f"volume {source} could not be copied: {where}: {exc.strerror}") from exc
     print(name)
+
+
+# Docker's other names for two of them.
+volume_app.command("list", hidden=True)(list_volumes)
+volume_app.command("remove", hidden=True)(remove)
 
 
 # --- backup and restore ---------------------------------------------------------------------------
