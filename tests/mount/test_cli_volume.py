@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 
 from tests.mount.test_volumes import Place
 from tests.support.cli import Said, program, refused, unionfs
-from tests.support.mounts import environment
+from tests.support.mounts import daemons, environment
 from tests.support.people import ALICE, opened_interpreter
 from unionfs.volumes import Store
 
@@ -107,7 +109,7 @@ def test_ls(volume: Volumes) -> None:
     for name in ("web", "db"):
         volume.good("create", name, "--label", f"app={name}")
     assert volume.good("ls") == "DRIVER    VOLUME NAME\nlocal     db\nlocal     web\n"
-    assert volume.good("ls", "-q") == "db\nweb\n"
+    assert volume.good("ls", "-q") == volume.good("list", "-q") == "db\nweb\n"
     first, _ = map(json.loads, volume.good("ls", "--format", "json").splitlines())
     assert first == {
         "Availability": "N/A",
@@ -457,6 +459,39 @@ def test_all_volumes_of_a_mount(place: Place) -> None:
     assert (elsewhere.mnt / "srv/data/file").read_text() == "data"
     assert (elsewhere.mnt / "var/cache/file").read_text() == "cache"
     assert elsewhere.umount() == Said(0, "", "")
+
+
+def test_the_daemon_is_killed_while_it_fills(place: Place) -> None:
+    """What it had done is thrown away, and the next mount starts anew."""
+    content = place.lower / "data"
+    content.mkdir()
+    for number in range(1500):
+        (content / f"file{number}").write_text(f"text {number}")
+    kills = 0
+    for wait in (0.0, 0.02, 0.05, 0.1, 0.2):
+        command = [sys.executable, "-m", "unionfs", "--root", str(place.store), "mount", "-v", "web:/data"]
+        layers = [str(place.lower), str(place.upper), str(place.mnt)]
+        mounting = subprocess.Popen([*command, *layers], env=environment(), stderr=subprocess.PIPE)
+        staged = place.data("web").with_name("_fill")
+        deadline = time.monotonic() + 20
+        while not staged.exists() and mounting.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        hangs = time.monotonic() >= deadline
+        time.sleep(wait)
+        for pid in daemons(place.base):
+            os.kill(pid, signal.SIGKILL)
+        mounting.communicate()
+        kills += mounting.returncode != 0
+        place.clear()
+        assert not hangs, "the mount neither fills nor ends"
+        assert len(os.listdir(place.data("web"))) in (0, 1500)
+        if os.listdir(place.data("web")):
+            assert place.run("volume", "rm", "web").out == "web\n"
+    assert kills, "no mount was ever interrupted"
+    assert place.mount("-v", "web:/data") == Said(0, "", "")
+    assert len(os.listdir(place.mnt / "data")) == 1500
+    assert place.umount() == Said(0, "", "")
+    assert sorted(os.listdir(place.store / "volumes")) == ["web"]
 
 
 def test_mounts_without_volumes(place: Place) -> None:
