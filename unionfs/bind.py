@@ -37,7 +37,7 @@ from typing import Any, Final, TypeVar
 
 from unionfs import acl, sysio
 from unionfs.dirops import Caller
-from unionfs.union import Changes, check_clearing, clear_suidgid, in_group
+from unionfs.union import Changes, check_clearing, clear_suidgid, in_group, mode_without_suidgid
 
 T = TypeVar("T")
 Watcher = Callable[["BindNode"], None]
@@ -623,6 +623,8 @@ class Binds:
         if changes.uid is not None or changes.gid is not None or changes == _NOTHING:
             # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
             os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+            if changes == _NOTHING and (mode := mode_without_suidgid(os.fstat(node.fd), who)):
+                os.chmod(path, stat.S_IMODE(mode))
         if changes.mode is not None:
             if node.fmt == stat.S_IFLNK:
                 raise _error(errno.EOPNOTSUPP)

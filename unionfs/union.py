@@ -264,6 +264,8 @@ class Union:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
             os.chown(path, uid, gid, follow_symlinks=follow)
+            if changes == _NOTHING and who is not None and (mode := mode_without_suidgid(self.tree.stat(node), who)):
+                self._chmod(node, mode)
         if changes.mode is not None:
             self._chmod(node, changes.mode)
         if changes.atime is not None or changes.mtime is not None:
@@ -364,6 +366,12 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
         return
     if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
+    """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
+    drop = _suidgid_to_clear(st, who) if who.uid and stat.S_ISREG(st.st_mode) else 0
+    return st.st_mode & ~drop if drop else 0
 
 
 def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:

@@ -153,6 +153,7 @@ def open_trunc_by_another_clears_suid_and_sgid(d: Path) -> None:
         "f": File(TEXT, 0o6777, ALICE, ALICE),
         "g": File(TEXT, 0o777, ALICE, ALICE),
         "h": File(TEXT, 0o4700, ALICE, ALICE),
+        "i": File(TEXT, 0o664, ALICE, ALICE),
     },
     privileged=True,
 )
@@ -165,6 +166,10 @@ def chown_to_nobody_in_particular(d: Path) -> None:
     with open(d / "h", "r+b", buffering=0) as opened:
         as_user(BOB, lambda: opened.write(b"x"))
     assert stat.S_IMODE((d / "h").stat().st_mode) == 0o700
+    with open(d / "i", "r+b", buffering=0) as opened:
+        os.fchmod(opened.fileno(), 0o2664)
+        as_user(BOB, lambda: opened.write(b"x"))
+    assert stat.S_IMODE((d / "i").stat().st_mode) == 0o664
     as_user(ALICE, lambda: os.chown(d / "f", -1, -1))
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o777
 
