@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
@@ -51,8 +52,7 @@ def run(command: str, cwd: Path, *, env: dict[str, str] | None = None) -> str:
 
 def source_tree(target: Path, limit: int = LARGE) -> None:
     """Copy up to `limit` files of the system's own, links and all, into `target`/tree."""
-    candidates = ["/usr/lib/python3", "/usr/share/perl", "/usr/lib/python3.11", "/usr/share"]
-    source = next(path for path in candidates if Path(path).is_dir())
+    source = sysconfig.get_path("stdlib")
     (target / "tree").mkdir()
     # A bounded part: whole tar streams cut off at a file would not unpack without an error.
     listing = f"find . -mindepth 1 \\( -type f -o -type l \\) -size -200k | sort | sed -n '1,{limit}p'"
@@ -274,6 +274,10 @@ def check_database(path: Path) -> tuple[int, int]:
 def test_sqlite_with_wal_and_several_writers(places: PlacesMaker, upper_on: FsKind) -> None:
     place = places(upper_on, fill_database)
     database = place.union / "base.db"
+    # The change of the mode itself doesn't wait for others (sqlite.org/wal.html).
+    connection = sqlite3.connect(database)
+    assert connection.execute("pragma journal_mode=wal").fetchone() == ("wal",)
+    connection.close()
     clients = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(database), str(number), "150"], stdout=subprocess.DEVNULL)
         for number in range(3)
