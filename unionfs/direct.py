@@ -360,7 +360,7 @@ class Direct:
         finally:
             self._changed()
         try:
-            self._handles.created(node, fd, flags, st, pid)
+            self._handles.created(node, fd, flags, st)
         except OSError:
             self._union.close_file(fd)
             raise

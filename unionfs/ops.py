@@ -354,7 +354,7 @@ class UnionOperations(pyfuse3.Operations):
         parent = self._union.directory(parent_inode)
         node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
         try:
-            self._handles.created(node, fd, flags, st, ctx.pid)
+            self._handles.created(node, fd, flags, st)
         except OSError:
             self._union.close_file(fd)
             raise
