@@ -20,7 +20,6 @@ from unionfs.merge import Entry
 from unionfs.union import DirHandle
 
 _PASSTHROUGH_NO_FLUSH: Final = 1 << 7 | 1 << 5
-_KEEP_LISTING: Final = 1 << 1 | 1 << 3
 _DT_DIR: Final = stat.S_IFDIR >> 12
 
 _open_in: Final = struct.Struct("=II").unpack_from
@@ -222,15 +221,12 @@ class BindingDirect(Direct):
 
     def opendir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Open a directory. The kernel may keep listings in which neither the host nor a point has a say."""
-        handle = (self._serial + 1) << 1 | 1  # those of pyfuse3's way are even
-        if is_bind(node_id):
-            self._bind_dirs[handle] = BindDirHandle(self._binds.directory(node_id))
-            keep = False
-        else:
-            self._dir_handles[handle] = DirHandle(self._union.directory(node_id))
-            keep = self._timeout > 0 and node_id not in self._binds.parents
+        if not is_bind(node_id):
+            return self._opened_dir(self._union.directory(node_id), keep=node_id not in self._binds.parents)
         self._serial += 1
-        return _open_out(handle, _KEEP_LISTING if keep else 0, 0)
+        handle = self._serial << 1 | 1  # those of pyfuse3's way are even
+        self._bind_dirs[handle] = BindDirHandle(self._binds.directory(node_id))
+        return _open_out(handle, 0, 0)
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""

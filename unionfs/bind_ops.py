@@ -24,7 +24,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pyfuse3
 import trio
@@ -95,10 +95,6 @@ class BindingOperations(UnionOperations):
             await super().run(task_status)
         finally:
             self.detach_all()
-
-    def covered(self) -> Mapping[tuple[int, bytes], object]:
-        """Where bind paths are; all else may be answered past pyfuse3."""
-        return self._binds.points
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""

@@ -99,6 +99,7 @@ class Direct:
         self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
         self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(_ENTRY_SIZE - 36)
         self._serial = 0
+        self._kept: set[int] = set()  # directories whose kept listing a reader uses
         native.answer_directly(self._handlers(), _failed)
 
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
@@ -360,7 +361,7 @@ class Direct:
         finally:
             self._changed()
         try:
-            self._handles.created(node, fd, flags, st, pid)
+            self._handles.created(node, fd, flags, st)
         except OSError:
             self._union.close_file(fd)
             raise
@@ -379,18 +380,35 @@ class Direct:
     # -- directories --
 
     def opendir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
-        """Open a directory."""
+        """Open a directory.
+
+        The kernel may keep its listing, and sees itself when that is out of date. But it keeps one per directory, and a
+        reader in the middle of it finds its place by the last entry that it got: lost, if that is removed and another
+        reader has the listing read anew (fuse_readdir_cached). So only one reader at a time may use what is kept.
+        """
         node = self._directory(node_id, b"")
         if node is None or self._covered:
             return None
+        return self._opened_dir(node, keep=True)
+
+    def _opened_dir(self, node: Dir, *, keep: bool) -> bytes:
         self._serial += 1
         handle = self._serial << 1 | 1  # those of pyfuse3's way are even
-        self._dir_handles[handle] = DirHandle(node)
-        return _open_out(handle, _KEEP_CACHE | _CACHE_DIR if self._timeout else 0, 0)
+        self._dir_handles[handle] = opened = DirHandle(node)
+        if not keep or not self._timeout or node.id in self._kept:
+            return _open_out(handle, 0, 0)
+        self._kept.add(node.id)
+        opened.kept = True
+        return _open_out(handle, _KEEP_CACHE | _CACHE_DIR, 0)
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
-        return None if self._dir_handles.pop(_u64(body)[0], None) is None else 0
+        handle = self._dir_handles.pop(_u64(body)[0], None)
+        if handle is None:
+            return None
+        if handle.kept:
+            self._kept.discard(handle.node.id)
+        return 0
 
     def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Make a directory's entries durable."""
@@ -409,7 +427,7 @@ class Direct:
         return self._list(body, self._full_entry)
 
     def _list(self, body: bytes, pack: Callable[[DirHandle, Entry, int, int], bytes | None]) -> Answer:
-        """Fill an answer with entries; positions are 1 and 2 for the dots, then counted on."""
+        """Fill an answer with entries; positions are 1 and 2 for the dots, then cookies."""
         fh, offset, size = _read_in(body)
         handle = self._dir_handles.get(fh)
         if handle is None:
@@ -422,8 +440,8 @@ class Direct:
                 of = node if position == 1 or node.parent is None else node.parent
                 parts.append(prefix + _bare(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
-        for position, entry in self._union.read_entries(handle, max(offset - 2, 0)):
-            packed = pack(handle, entry, position + 2, size)
+        for position, entry in self._union.read_entries(handle, offset):
+            packed = pack(handle, entry, position, size)
             if packed is None:
                 break
             parts.append(packed)

@@ -354,7 +354,7 @@ class UnionOperations(pyfuse3.Operations):
         parent = self._union.directory(parent_inode)
         node, st, fd = await self._settled(self._union.create_file, parent, name, mode, flags, self._caller(ctx))
         try:
-            self._handles.created(node, fd, flags, st, ctx.pid)
+            self._handles.created(node, fd, flags, st)
         except OSError:
             self._union.close_file(fd)
             raise
@@ -417,7 +417,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then counted on."""
+        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies."""
         handle = self._dir_handles[fh]
         node = handle.node
         for position, name in ((1, b"."), (2, b"..")):
@@ -425,8 +425,8 @@ class UnionOperations(pyfuse3.Operations):
                 of = node if position == 1 or node.parent is None else node.parent
                 if not pyfuse3.readdir_reply(token, name, self._bare(of.ino, stat.S_IFDIR), position):
                     return
-        for position, entry in self._union.read_entries(handle, max(start_id - 2, 0)):
-            if not self._reply_entry(token, handle, entry, position + 2):
+        for position, entry in self._union.read_entries(handle, start_id):
+            if not self._reply_entry(token, handle, entry, position):
                 return
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:

@@ -10,8 +10,10 @@ Operations raise plain :class:`OSError`, and :class:`~unionfs.copyup.DataCopyPen
 
 from __future__ import annotations
 
+import bisect
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import resource
@@ -52,15 +54,24 @@ class Changes(NamedTuple):
 
 _NOTHING: Final = Changes()
 
+_DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
+_HASH_MASK: Final = (1 << 61) - 1
+
 
 class DirHandle:
-    """An open directory: its listing as it was when reading began."""
+    """An open directory: its listing as it was when reading began.
 
-    __slots__ = ("entries", "node", "version")
+    Entries come in the order of their *cookies*, which name their places. A cookie is a hash of the name, as in ext4:
+    it stays the same whatever else happens in the directory, so reading can go on in a newer listing.
+    """
+
+    __slots__ = ("cookies", "entries", "kept", "node", "version")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
         self.entries: list[Entry] | None = None
+        self.cookies: list[int] = []  # parallel to entries, ascending
+        self.kept = False  # whether the kernel may keep what it reads through this handle
         self.version = -1  # of the directory when it was read
 
 
@@ -151,14 +162,13 @@ class Union:
         dirfd, name = self.tree.place(node)
         return os.readlink(name, dir_fd=dirfd)
 
-    def read_entries(self, handle: DirHandle, start: int) -> Iterator[tuple[int, Entry]]:
-        """Yield (position of the next entry, entry) from *start*; 0 reads the directory anew."""
-        if start == 0 or handle.entries is None:
+    def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
+        """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
+        if after <= _DOTS or handle.entries is None:
             handle.version = handle.node.version
-            handle.entries = self.lister.entries(handle.node)
-        entries = handle.entries
-        for at in range(start, len(entries)):
-            yield at + 1, entries[at]
+            handle.cookies, handle.entries = _in_order(self.lister.entries(handle.node))
+        first = bisect.bisect_right(handle.cookies, after)
+        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), first, None)
 
     def look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
         """Return the node and stat result of a listed entry, None where it is gone."""
@@ -343,6 +353,16 @@ class Union:
             os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+
+
+def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
+    """Return cookies and the entries that have them, ascending. Equal hashes count on."""
+    hashed = sorted((_DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
+    cookies = [cookie for cookie, _ in hashed]
+    for at in range(1, len(cookies)):
+        if cookies[at] <= cookies[at - 1]:
+            cookies[at] = cookies[at - 1] + 1
+    return cookies, [entry for _, entry in hashed]
 
 
 def clear_suidgid(fd: int, who: Caller | None) -> None:

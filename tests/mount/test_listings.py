@@ -1,0 +1,154 @@
+"""Listings of directories so large that the kernel takes them in several pieces, with attributes and without.
+
+FUSE asks for the first piece with attributes, and for the others only if the reader looks at the entries.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import raw
+from tests.support.layers import FIFO, File, HardLink, Symlink, Tree, build
+from tests.support.mounts import Stack
+
+COUNT = 300
+StackMaker = Callable[..., Stack]
+
+
+def crowd(prefix: str, what: Callable[[int], object]) -> Tree:
+    """Many entries of one kind."""
+    return {f"{prefix}-{number:04}": what(number) for number in range(COUNT)}  # type: ignore[misc]
+
+
+@pytest.fixture
+def root(stack: Stack) -> Path:
+    """A mounted union with a directory `d` that holds every kind of entry, some changed since."""
+    kinds: Tree = {
+        **crowd("file", lambda number: f"{number}".encode()),
+        "link": HardLink("d/file-0000"),
+        **crowd("dir", lambda _: {"below": b"x"}),
+        **crowd("symlink", lambda number: Symlink(f"file-{number:04}")),
+        "fifo": FIFO,
+        "rich": File(b"r", 0o640, 5, 6, {"user.x": b"1"}),
+    }
+    build(stack.lower, {"d": kinds, "elsewhere": {"far": b"f", "fardir": {"below": b"y"}}})
+    root = stack.mount()
+    here = root / "d"
+    for number in range(0, COUNT, 7):
+        (here / f"file-{number:04}").chmod(0o600)
+        with open(here / f"file-{number + 1:04}", "ab") as file:
+            file.write(b"more")
+        (here / f"dir-{number:04}" / "new").touch()
+        os.rename(here / f"dir-{number + 1:04}", here / f"moved-{number:04}")
+        os.rename(here / f"file-{number + 2:04}", here / f"renamed-{number:04}")
+        os.unlink(here / f"symlink-{number:04}")
+        os.unlink(here / f"file-{number + 3:04}")
+        (here / f"file-{number + 3:04}").mkdir()
+        (here / f"new-{number:04}").touch()
+    os.rename(root / "elsewhere" / "far", here / "zz-far")
+    os.rename(root / "elsewhere" / "fardir", here / "zz-fardir")
+    return root
+
+
+def names_only(directory: Path) -> dict[str, tuple[int, bool, bool]]:
+    """Number and type of each entry as the listing itself says, none of them looked at before all are read."""
+    with os.scandir(directory) as entries:
+        return {
+            entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False), entry.is_symlink()) for entry in entries
+        }
+
+
+def looked_at(directory: Path) -> dict[str, tuple[int, bool, bool]]:
+    """The same by stat."""
+    found = {}
+    for name in os.listdir(directory):
+        status = (directory / name).lstat()
+        found[name] = (status.st_ino, stat.S_ISDIR(status.st_mode), stat.S_ISLNK(status.st_mode))
+    return found
+
+
+@pytest.mark.parametrize("again", ["as they are", "remounted", "kept"])
+def test_numbers_and_types_are_those_of_stat(stack: Stack, root: Path, again: str) -> None:
+    here = root / "d"
+    if again == "remounted":
+        stack.remount()
+    elif again == "kept":
+        names_only(here)
+    listed = names_only(here)
+    assert len(listed) > 3 * COUNT
+    assert listed == looked_at(here)
+    assert listed == names_only(here)
+
+
+def test_a_kept_listing_follows_changes(root: Path) -> None:
+    here = root / "d"
+    for number in range(10):
+        before = names_only(here)
+        assert names_only(here) == before
+        (here / f"another-{number}").touch()
+        os.unlink(here / f"file-{102 + number * 7:04}")
+        os.rename(here / f"dir-{200 + number * 7:04}", here / f"again-{number}")
+        after = names_only(here)
+        assert set(after) - set(before) == {f"another-{number}", f"again-{number}"}
+        assert set(before) - set(after) == {f"file-{102 + number * 7:04}", f"dir-{200 + number * 7:04}"}
+        with open(here / f"file-{103 + number * 7:04}", "ab") as file:  # a copy-up changes no listing
+            file.write(b"up")
+        assert names_only(here) == after == looked_at(here)
+
+
+def test_removing_while_listing_misses_nothing(root: Path) -> None:
+    with os.scandir(root / "d") as entries:
+        for entry in entries:
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    assert os.listdir(root / "d") == []
+    os.rmdir(root / "d")
+    assert sorted(os.listdir(root)) == ["elsewhere"]
+
+
+def test_two_readers_of_one_directory(root: Path) -> None:
+    """Each has its own place, also when one began before a change."""
+    here = root / "d"
+    expected = set(os.listdir(here))
+    with os.scandir(here) as first:
+        seen = [next(first).name for _ in range(50)]
+        (here / "late").touch()
+        with os.scandir(here) as second:
+            assert {entry.name for entry in second} == {*expected, "late"}
+        seen += [entry.name for entry in first]
+    assert len(seen) == len(set(seen))
+    assert expected <= set(seen) <= {*expected, "late"}
+
+
+def test_removing_while_another_lists(root: Path) -> None:
+    """The other one has the kernel read its kept listing anew, in which the remover's place is gone."""
+    here = root / "d"
+    with os.scandir(here) as entries:
+        for number, entry in enumerate(entries):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+            if number % 100 == 99:
+                assert entry.name not in os.listdir(here)
+                os.listdir(here)
+    assert os.listdir(here) == []
+
+
+def test_a_place_is_found_again(root: Path) -> None:
+    """telldir(3) and seekdir(3), also after changes on both sides of the place."""
+    here = root / "d"
+    with raw.DirStream(here) as stream:
+        first = [name for name, _, _ in itertools.islice(stream, 500)]
+        place = stream.tell()
+        rest = {name for name, _, _ in stream}
+        assert {*first, *rest} == {*map(os.fsencode, os.listdir(here)), b".", b".."}
+        new = {b"another-%d" % number for number in range(20)}
+        for name in new:
+            (here / os.fsdecode(name)).touch()
+        stream.seek(place)
+        again = {name for name, _, _ in stream}
+        assert rest <= again <= rest | new
