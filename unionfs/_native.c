@@ -92,11 +92,11 @@ static void *next_symbol(const char *name)
 
 /* ------------------------------------------------------------------ state */
 
-enum counter { READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, FSYNC,
+enum counter { LOOKUP, READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH, GETATTR, SETATTR, GETXATTR, FSYNC,
 	       DIRECT, COUNTERS };
 
 static const char *const counter_names[COUNTERS] = {
-	"read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
+	"lookup", "read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
 	"getattr", "setattr", "getxattr", "fsync", "direct",
 };
 
@@ -552,8 +552,14 @@ struct owned {
 	ino_t ino; /* the st_ino to show */
 	nlink_t nlink; /* the st_nlink to show; 0: the file's */
 	int fd;
-	bool path_only; /* O_PATH: fit for fstat alone */
+	bool path_only; /* O_PATH */
+	bool settable; /* path_only: whether SETATTR is served all the same */
 	double timeout;
+	/* Of the one descriptor that a node of a bind path keeps, see "names in bind paths"; zeros elsewhere. */
+	unsigned int bind; /* which bind path's it is, counted from 1 */
+	dev_t host_dev;
+	ino_t host_ino;
+	uint64_t lookups; /* answered here, not yet told to Python */
 };
 
 enum { OWNED_BUCKETS = 4096 };
@@ -577,7 +583,7 @@ static struct owned *find_owned(fuse_ino_t node)
 /* Names that mean the same in the union and on disk. */
 static bool can_get(const struct owned *owned, const char *name)
 {
-	if (!owned || owned->path_only)
+	if (!owned || (owned->path_only && !owned->bind))
 		return false;
 	return !strcmp(name, "security.capability") || !strcmp(name, "system.posix_acl_access");
 }
@@ -590,7 +596,34 @@ static bool can_get(const struct owned *owned, const char *name)
 /* Nothing to change is what chown(path, -1, -1) sends: it clears suid, and Python knows who may do that. */
 static bool can_set(const struct owned *owned, int to_set, bool by_handle)
 {
-	return owned && !owned->path_only && to_set & SETTABLE && (by_handle || !(to_set & FUSE_SET_ATTR_SIZE));
+	if (!owned || !(to_set & SETTABLE))
+		return false;
+	if (to_set & FUSE_SET_ATTR_SIZE && !by_handle)
+		return false;
+	return !owned->path_only || (owned->settable && !(to_set & FUSE_SET_ATTR_SIZE));
+}
+
+/* What leads to the descriptor's file, for calls that refuse O_PATH. */
+struct fd_path {
+	char text[32];
+};
+
+static struct fd_path path_of(int fd)
+{
+	struct fd_path path;
+
+	snprintf(path.text, sizeof(path.text), "/proc/self/fd/%d", fd);
+	return path;
+}
+
+static int set_mode(const struct owned *owned, mode_t mode)
+{
+	return owned->path_only ? chmod(path_of(owned->fd).text, mode) : fchmod(owned->fd, mode);
+}
+
+static int set_times(const struct owned *owned, const struct timespec times[2])
+{
+	return owned->path_only ? utimensat(AT_FDCWD, path_of(owned->fd).text, times, 0) : futimens(owned->fd, times);
 }
 
 /* A write through a backing file may clear suid and sgid without a request: while one is set, the kernel must ask. */
@@ -644,11 +677,11 @@ static int set_attributes(fuse_req_t req, const struct owned *owned, const struc
 		if (request.kill_suidgid)
 			remove_suidgid(req, owned->node, owned->fd);
 	}
-	if (to_set & (FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID) && fchown(owned->fd, uid, gid))
+	if (to_set & (FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID) && fchownat(owned->fd, "", uid, gid, AT_EMPTY_PATH))
 		return errno;
-	if (to_set & FUSE_SET_ATTR_MODE && fchmod(owned->fd, attr->st_mode & 07777))
+	if (to_set & FUSE_SET_ATTR_MODE && set_mode(owned, attr->st_mode & 07777))
 		return errno;
-	if ((times[0].tv_nsec != UTIME_OMIT || times[1].tv_nsec != UTIME_OMIT) && futimens(owned->fd, times))
+	if ((times[0].tv_nsec != UTIME_OMIT || times[1].tv_nsec != UTIME_OMIT) && set_times(owned, times))
 		return errno;
 	return 0;
 }
@@ -681,7 +714,9 @@ static void wrap_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size
 		return;
 	}
 	counters[GETXATTR]++;
-	n = fgetxattr(owned->fd, name, value, size < sizeof(value) ? size : sizeof(value));
+	if (size > sizeof(value))
+		size = sizeof(value);
+	n = owned->path_only ? getxattr(path_of(owned->fd).text, name, value, size) : fgetxattr(owned->fd, name, value, size);
 	if (n < 0)
 		fuse_reply_err(req, errno);
 	else if (size == 0)
@@ -1228,6 +1263,202 @@ static PyObject *py_set_direct_failed(PyObject *self UNUSED, PyObject *handler)
 	Py_RETURN_NONE;
 }
 
+/* ------------------------------------------------------------------ names in bind paths (unionfs/bind.py) */
+
+/*
+ * The host may change a bind path at any time, so the kernel keeps no name of it: most requests there are LOOKUPs of
+ * names that lead where they led before. Python says which node it saw last at a name (a hint), and each node's O_PATH
+ * descriptor. If the host has that very object at the name now, the answer is made here; if it has nothing there and
+ * none was known, too. All else is Python's: it finds out who is who. A wrong hint is harmless, for the descriptor keeps
+ * the object's number from being given to another one.
+ *
+ * Lookups that are answered here are counted here, until Python asks for the number (take_lookups), at the latest
+ * before the descriptor goes.
+ */
+struct known {
+	struct known *next;
+	fuse_ino_t parent, child;
+	char name[];
+};
+
+/* A name of which only Python may touch what is there: points, and what may be our own mount, which waits for us. */
+struct reserved {
+	struct reserved *next;
+	char name[];
+};
+
+enum { KNOWN_BUCKETS = 16384 };
+
+static struct known *known_names[KNOWN_BUCKETS];
+static struct reserved *reserved_names;
+
+static struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
+
+static struct owned *find_bound(fuse_ino_t node)
+{
+	struct owned *owned = *bucket(node);
+
+	while (owned && (owned->node != node || !owned->bind))
+		owned = owned->next;
+	return owned;
+}
+
+/* Where the name is in the table, or would be. */
+static struct known **find_known(fuse_ino_t parent, const char *name)
+{
+	uint32_t hash = (uint32_t)(parent ^ parent >> 32);
+	struct known **at;
+
+	for (const char *c = name; *c; c++)
+		hash = (hash ^ (unsigned char)*c) * 16777619;
+	at = &known_names[(hash ^ hash >> 16) % KNOWN_BUCKETS];
+	while (*at && ((*at)->parent != parent || strcmp((*at)->name, name)))
+		at = &(*at)->next;
+	return at;
+}
+
+static bool is_reserved(const char *name)
+{
+	const struct reserved *reserved = reserved_names;
+
+	while (reserved && strcmp(reserved->name, name))
+		reserved = reserved->next;
+	return reserved;
+}
+
+/* Answer a LOOKUP if it can be done here; returns whether. */
+static bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+	const char *name = (const char *)(in + 1);
+	const struct owned *parent;
+	const struct known *known;
+	struct fuse_entry_param entry = {0};
+	struct owned *child;
+
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size <= sizeof(*in) || in->opcode != FUSE_LOOKUP ||
+	    ((const char *)buf->mem)[buf->size - 1] || !(parent = find_bound(in->nodeid)) || is_reserved(name))
+		return false;
+	known = *find_known(in->nodeid, name);
+	child = known ? find_bound(known->child) : NULL;
+	if (known && (!child || child->bind != parent->bind))
+		return false;
+	if (fstatat(parent->fd, name, &entry.attr, AT_SYMLINK_NOFOLLOW)) {
+		if (errno != ENOENT || known)
+			return false;
+		counters[LOOKUP]++;
+		reply_raw(se, in->unique, ENOENT, NULL, 0);
+		return true;
+	}
+	if (!child || entry.attr.st_dev != child->host_dev || entry.attr.st_ino != child->host_ino)
+		return false;
+	counters[LOOKUP]++;
+	child->lookups++;
+	entry.ino = child->node;
+	entry.attr.st_ino = child->ino;
+	{
+		struct fuse_entry_out out = raw_entry(&entry);
+
+		reply_raw(se, in->unique, 0, (const char *)&out, sizeof(out));
+	}
+	return true;
+}
+
+static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long node, ino, dev, host_ino;
+	struct owned *owned;
+	unsigned int bind;
+	int fd, settable;
+
+	if (!PyArg_ParseTuple(args, "KiKKKIp", &node, &fd, &ino, &dev, &host_ino, &bind, &settable))
+		return NULL;
+	owned = malloc(sizeof(*owned));
+	if (!owned)
+		return PyErr_NoMemory();
+	*owned = (struct owned){
+		.next = *bucket(node),
+		.node = node,
+		.ino = ino,
+		.fd = fd,
+		.path_only = true,
+		.settable = settable,
+		.bind = bind,
+		.host_dev = dev,
+		.host_ino = host_ino,
+	};
+	*bucket(node) = owned;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_take_lookups(PyObject *self UNUSED, PyObject *node)
+{
+	struct owned *owned = find_bound(PyLong_AsUnsignedLongLong(node));
+	uint64_t lookups = owned ? owned->lookups : 0;
+
+	if (PyErr_Occurred())
+		return NULL;
+	if (owned)
+		owned->lookups = 0;
+	return PyLong_FromUnsignedLongLong(lookups);
+}
+
+static PyObject *py_know_name(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long parent, child;
+	struct known **at;
+	const char *name;
+
+	if (!PyArg_ParseTuple(args, "KyK", &parent, &name, &child))
+		return NULL;
+	at = find_known(parent, name);
+	if (!*at) {
+		size_t size = strlen(name) + 1;
+		struct known *known = malloc(sizeof(*known) + size);
+
+		if (!known)
+			return PyErr_NoMemory();
+		*known = (struct known){.parent = parent};
+		memcpy(known->name, name, size);
+		*at = known;
+	}
+	(*at)->child = child;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_forget_name(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long parent;
+	struct known **at, *known;
+	const char *name;
+
+	if (!PyArg_ParseTuple(args, "Ky", &parent, &name))
+		return NULL;
+	at = find_known(parent, name);
+	known = *at;
+	if (known) {
+		*at = known->next;
+		free(known);
+	}
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_reserve_name(PyObject *self UNUSED, PyObject *arg)
+{
+	const char *name = PyBytes_AsString(arg);
+	struct reserved *reserved;
+
+	if (!name)
+		return NULL;
+	reserved = malloc(sizeof(*reserved) + strlen(name) + 1);
+	if (!reserved)
+		return PyErr_NoMemory();
+	reserved->next = reserved_names;
+	strcpy(reserved->name, name);
+	reserved_names = reserved;
+	Py_RETURN_NONE;
+}
+
 /* ------------------------------------------------------------------ receiving (unionfs/dispatch.py says why) */
 
 static bool driving; /* dispatch.py decides when to wait: the device must never block */
@@ -1329,7 +1560,7 @@ static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
 			return result;
 		if (served_here(buf))
 			fuse_session_process_buf(se, buf);
-		else if (!answer_directly(se, buf))
+		else if (!look_here(se, buf) && !answer_directly(se, buf))
 			return result;
 		if (now_ns() >= slice_end)
 			return -EINTR;
@@ -1693,6 +1924,12 @@ static PyMethodDef methods[] = {
 	{"answer_ioctl", py_answer_ioctl, METH_VARARGS, "(request, errno, data)"},
 	{"own", py_own, METH_VARARGS, "(node, fd, st_ino, timeout, nlink): serve the node's attributes from fd."},
 	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
+	{"own_bound", py_own_bound, METH_VARARGS,
+	 "(node, fd, st_ino, st_dev, st_ino on the host, bind path, settable): the descriptor of a node of a bind path."},
+	{"take_lookups", py_take_lookups, METH_O, "How many lookups of the node were answered since the last call."},
+	{"know_name", py_know_name, METH_VARARGS, "(parent, name, node): what was seen there."},
+	{"forget_name", py_forget_name, METH_VARARGS, "(parent, name)"},
+	{"reserve_name", py_reserve_name, METH_O, "Leave lookups of the name to Python, wherever it is."},
 	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
 	{"auto_invalidate", py_auto_invalidate, METH_NOARGS, "Ask the kernel to look at mtime and size when mounting."},

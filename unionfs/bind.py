@@ -40,7 +40,6 @@ from unionfs.dirops import Caller
 from unionfs.union import Changes, check_clearing, clear_suidgid, in_group, mode_without_suidgid
 
 T = TypeVar("T")
-Watcher = Callable[["BindNode"], None]
 
 ID_PREFIX: Final = 0b101
 ID_SHIFT: Final = 61
@@ -73,9 +72,10 @@ class BindPoint:
 class Bind:
     """One attached path."""
 
-    __slots__ = ("by_key", "parent_ino", "read_only", "root")
+    __slots__ = ("by_key", "number", "parent_ino", "read_only", "root")
 
-    def __init__(self, *, read_only: bool, parent_ino: int) -> None:
+    def __init__(self, number: int, *, read_only: bool, parent_ino: int) -> None:
+        self.number = number  # from 1 on
         self.read_only = read_only
         self.parent_ino = parent_ino  # the st_ino of its root's `..`
         self.by_key: dict[tuple[int, int], BindNode] = {}
@@ -136,8 +136,27 @@ def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
-def _ignore(_: BindNode) -> None:
-    return
+class Watcher:
+    """Is told of what the native layer may answer by itself; this one does nothing."""
+
+    def reserved(self, name: bytes) -> None:
+        """What is at this name, in whatever directory, may only be touched with care."""
+
+    def opened(self, node: BindNode) -> None:
+        """A node has got its descriptor."""
+
+    def closing(self, node: BindNode) -> None:
+        """A node is about to lose its descriptor."""
+
+    def named(self, parent: BindNode, name: bytes, node: BindNode) -> None:
+        """A node was seen at a name."""
+
+    def unnamed(self, parent: BindNode, name: bytes) -> None:
+        """What was seen at a name is not there any more."""
+
+    def lookups(self, node: BindNode) -> int:
+        """Return how many lookups of the node were answered past `Binds` since the last call."""
+        return 0
 
 
 class Binds:
@@ -149,8 +168,7 @@ class Binds:
         mountpoint: bytes,
         *,
         room: int | None = None,
-        on_open: Watcher = _ignore,
-        on_close: Watcher = _ignore,
+        watcher: Watcher | None = None,
     ) -> None:
         """Start without any.
 
@@ -158,7 +176,7 @@ class Binds:
             map_ino: gives the st_ino to show for (st_dev, st_ino).
             mountpoint: where the union itself is mounted, without symbolic links: a source may lead there.
             room: how many descriptors nodes may keep.
-            on_open, on_close: told when a node has got its descriptor, and before it loses it.
+            watcher: who wants to know of descriptors and names.
         """
         self.nodes: dict[int, BindNode] = {}
         self.points: dict[tuple[int, bytes], BindNode] = {}  # (parent's node id, name): root
@@ -168,9 +186,11 @@ class Binds:
         self._mountpoint = mountpoint
         self._mount_name = os.path.basename(mountpoint)
         self._room = _descriptor_room() if room is None else room
-        self._on_open, self._on_close = on_open, on_close
+        self._watcher = watcher or Watcher()
+        self._watcher.reserved(self._mount_name)
         self._kept: OrderedDict[BindNode, None] = OrderedDict()  # those with a descriptor, the latest last
         self._extra = 0
+        self._attached = 0
         self._me = (os.geteuid(), os.getegid())
 
     # -- attaching --
@@ -183,7 +203,9 @@ class Binds:
             own = os.open(sysio.fd_path(fd), os.O_PATH | os.O_CLOEXEC)
         finally:
             os.close(fd)
-        bind = Bind(read_only=read_only, parent_ino=parent_ino)
+        self._watcher.reserved(name)
+        self._attached += 1
+        bind = Bind(self._attached, read_only=read_only, parent_ino=parent_ino)
         root, _ = self._adopt(bind, own)
         bind.root = root
         root.nlookup = 1  # never forgotten
@@ -251,12 +273,20 @@ class Binds:
         node.used = True
         node.proof = None
         self._kept[node] = None
-        self._on_open(node)
+        self._watcher.opened(node)
 
     def _drop_fd(self, node: BindNode) -> None:
-        self._on_close(node)
+        self._collect(node)
+        self._watcher.closing(node)
         os.close(node.fd)
         node.fd = -1
+
+    def _collect(self, node: BindNode) -> None:
+        """Count lookups that were answered past us."""
+        looked = self._watcher.lookups(node)
+        if looked:
+            node.nlookup += looked
+            node.used = True
 
     def _trim(self) -> None:
         """Close descriptors of nodes that were not used lately; few at a time, for no request shall wait for many.
@@ -268,6 +298,7 @@ class Binds:
             if len(kept) <= self._room:
                 return
             node, _ = kept.popitem(last=False)
+            self._collect(node)
             if node.used or (os.fstat(node.fd).st_nlink == 0 and len(kept) < most):
                 node.used = False
                 kept[node] = None
@@ -337,23 +368,21 @@ class Binds:
         self._extra += 1
         return _FIRST_ID | _EXTRA_BIT | self._extra
 
-    @staticmethod
-    def _named(node: BindNode, parent: BindNode, name: bytes) -> None:
-        if node.parent is parent and node.name == name:
-            parent.children[name] = node
-            return
+    def _named(self, node: BindNode, parent: BindNode, name: bytes) -> None:
         if node is node.bind.root:
             return
-        Binds._unnamed(node)
-        node.parent, node.name = parent, name
+        if node.parent is not parent or node.name != name:
+            self._unnamed(node)
+            node.parent, node.name = parent, name
         parent.children[name] = node
+        self._watcher.named(parent, name, node)
 
-    @staticmethod
-    def _unnamed(node: BindNode | None) -> None:
+    def _unnamed(self, node: BindNode | None) -> None:
         if node is None or node.name is None:
             return
         if node.parent is not None and node.parent.children.get(node.name) is node:
             del node.parent.children[node.name]
+            self._watcher.unnamed(node.parent, node.name)
         node.name = None
 
     def forget(self, node_id: int, count: int) -> None:
@@ -364,6 +393,7 @@ class Binds:
             self._bury(node)
 
     def _bury(self, node: BindNode) -> None:
+        self._collect(node)
         if node.nlookup > 0 or node.handles:
             return
         self.nodes.pop(node.id, None)

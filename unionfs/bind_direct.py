@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from unionfs import native
-from unionfs.bind import BindDirHandle, BindNode, Binds, is_bind
+from unionfs.bind import BindDirHandle, BindNode, Binds, Watcher, is_bind
 from unionfs.direct import Answer, Direct
 from unionfs.dirops import Caller
 from unionfs.merge import Entry
@@ -34,6 +34,29 @@ _NO_ENTRY: Final = bytes(128)
 
 # SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, CREATE, RENAME2
 _MAY_CHANGE: Final = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 14, 35, 45))
+
+
+class NativeWatcher(Watcher):
+    """Tells the native layer of descriptors and names, so that it answers LOOKUP, GETATTR and SETATTR by itself."""
+
+    def reserved(self, name: bytes) -> None:
+        native.reserve_name(name)
+
+    def opened(self, node: BindNode) -> None:
+        settable = not node.bind.read_only and node.fmt != stat.S_IFLNK
+        native.own_bound(node.id, node.fd, node.ino, node.key, node.bind.number, settable=settable)
+
+    def closing(self, node: BindNode) -> None:
+        native.disown_attributes(node.id, node.fd)
+
+    def named(self, parent: BindNode, name: bytes, node: BindNode) -> None:
+        native.know_name(parent.id, name, node.id)
+
+    def unnamed(self, parent: BindNode, name: bytes) -> None:
+        native.forget_name(parent.id, name)
+
+    def lookups(self, node: BindNode) -> int:
+        return native.take_lookups(node.id)
 
 
 class BindHandles:

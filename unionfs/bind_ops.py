@@ -32,7 +32,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from unionfs import native
 from unionfs.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
-from unionfs.bind_direct import BindHandles, BindingDirect
+from unionfs.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.config import MountConfig
 from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
@@ -42,21 +42,13 @@ from unionfs.union import Changes, DirHandle, Union
 _DT_SHIFT = 12
 
 
-def _own(node: BindNode) -> None:
-    native.own_attributes(node.id, node.fd, node.ino, 0.0)
-
-
-def _disown(node: BindNode) -> None:
-    native.disown_attributes(node.id, node.fd)
-
-
 class BindingOperations(UnionOperations):
     """Serves one union, and bind paths in it."""
 
     def __init__(self, union: Union, config: MountConfig) -> None:
         super().__init__(union, config)
         mountpoint = os.fsencode(os.path.realpath(config.mountpoint))
-        self._binds = Binds(union.inodes.map_ino, mountpoint, on_open=_own, on_close=_disown)
+        self._binds = Binds(union.inodes.map_ino, mountpoint, watcher=NativeWatcher())
         self._union_read_only = config.read_only
         self._bind_dirs: dict[int, BindDirHandle] = {}
         self._bind_handles = BindHandles()

@@ -64,6 +64,20 @@ class Source:
             ) from None
         return True
 
+    def leave_mounts_out(self) -> None:
+        """Let the descriptor lead to the source without the mounts below it.
+
+        Raises EnvironmentUnfit where this process may not.
+        """
+        try:
+            fd = sysio.clone_tree(self.fd, recursive=False)
+        except OSError as error:
+            raise EnvironmentUnfit(
+                f"volume source {self.path}: bind-nonrecursive needs root ({error.strerror}): leave it out"
+            ) from None
+        os.close(self.fd)
+        self.fd = fd
+
     def take_fd(self) -> int:
         """Hand the descriptor of the source over to the caller."""
         fd, self.fd = self.fd, -1

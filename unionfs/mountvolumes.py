@@ -119,11 +119,14 @@ class MountedVolumes:
         return _Bind(acquired, source, self._clone(source, acquired.spec))
 
     def _clone(self, source: Source, spec: VolumeSpec) -> bool:
-        if self._volumes.bind_mode == "fuse":
-            return False
-        done = source.clone(read_only=spec.read_only, propagation=spec.propagation, recursive=spec.recursive)
+        """Have the kernel's bind mount made ready; return whether there is one, or the daemon serves the volume."""
+        done = False
+        if self._volumes.bind_mode != "fuse":
+            done = source.clone(read_only=spec.read_only, propagation=spec.propagation, recursive=spec.recursive)
         if not done and self._volumes.bind_mode == "kernel":
             raise EnvironmentUnfit("--bind-mode kernel needs root (CAP_SYS_ADMIN): use --bind-mode auto")
+        if not done and not spec.recursive:
+            source.leave_mounts_out()
         return done
 
     def _refuse_layers(self, path: str) -> None:

@@ -188,6 +188,46 @@ def disown_attributes(node: int, fd: int = -1) -> None:
         _module.disown(node, fd)
 
 
+def own_bound(node: int, fd: int, ino: int, key: tuple[int, int], bind: int, *, settable: bool) -> None:
+    """Serve a bind path's node on `fd`: GETATTR, SETATTR, GETXATTR, and LOOKUPs that lead to it or start there.
+
+    It lasts until `disown_attributes`, which must come before `fd` is closed, and `take_lookups` before that.
+
+    Args:
+        node: the node id.
+        fd: the ``O_PATH`` descriptor of the object.
+        ino: the st_ino to show.
+        key: its (st_dev, st_ino) on the host.
+        bind: which bind path's it is, counted from 1; names of one never lead to nodes of another.
+        settable: whether attributes may be set.
+    """
+    if _module is not None:
+        _module.own_bound(node, fd, ino, *key, bind, settable)
+
+
+def take_lookups(node: int) -> int:
+    """Return how many LOOKUPs were answered with a node of a bind path since the last call: the kernel counts them."""
+    return int(_module.take_lookups(node)) if _module is not None else 0
+
+
+def know_name(parent: int, name: bytes, node: int) -> None:
+    """Say which node of a bind path was seen at a name: a hint, the host is asked each time."""
+    if _module is not None:
+        _module.know_name(parent, name, node)
+
+
+def forget_name(parent: int, name: bytes) -> None:
+    """Undo `know_name`."""
+    if _module is not None:
+        _module.forget_name(parent, name)
+
+
+def reserve_name(name: bytes) -> None:
+    """Leave LOOKUPs of a name to Python, in all directories of bind paths."""
+    if _module is not None:
+        _module.reserve_name(name)
+
+
 def ignore_sync(on: bool) -> None:
     """Let FSYNC of files whose attributes are owned do nothing (a volatile union)."""
     if _module is not None:

@@ -139,6 +139,119 @@ def test_attributes_of_the_host_are_seen_at_once(bound: Stack) -> None:
     assert inside.stat().st_nlink == 2
 
 
+def test_a_file_in_a_tight_loop(bound: Stack) -> None:
+    """Content, size, mode, and who is at the name, each looked at right after the host's change, by path and descriptor."""
+    host, inside = bound.below / "d/f", bound.inside / "d/f"
+    host.parent.mkdir()
+    for number in range(200):
+        content = b"%d " % number * (number % 7 + 1)
+        host.write_bytes(content)
+        assert inside.read_bytes() == content
+        with open(inside, "rb", buffering=0) as file:
+            with open(host, "ab", buffering=0) as writer:
+                writer.write(b"more")
+            assert os.fstat(file.fileno()).st_size == inside.stat().st_size == len(content) + 4
+            assert file.read() == content + b"more"
+            host.chmod(0o600 | number % 8)
+            assert (
+                stat.S_IMODE(inside.stat().st_mode)
+                == stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                == 0o600 | number % 8
+            )
+            (host.parent / "new").write_bytes(b"another %d" % number)
+            (host.parent / "new").rename(host)
+            assert inside.read_bytes() == b"another %d" % number
+            assert file.read() == b""
+            assert os.fstat(file.fileno()).st_nlink == 0
+        host.unlink()
+        assert not inside.exists()
+
+
+def test_a_directory_in_a_tight_loop(bound: Stack) -> None:
+    """Mode, names, and which directory is on the way, by path, descriptor and working directory."""
+    host, inside = bound.below, bound.inside
+    (host / "a/sub").mkdir(parents=True)
+    before = os.getcwd()
+    try:
+        for number in range(200):
+            os.chdir(inside / "a/sub")
+            directory = os.open(inside / "a/sub", os.O_RDONLY)
+            mode = 0o700 | number % 8
+            (host / "a/sub").chmod(mode)
+            for seen in (os.stat(inside / "a/sub"), os.stat("."), os.fstat(directory)):
+                assert stat.S_IMODE(seen.st_mode) == mode
+            (host / "a/sub/f").write_text(str(number))
+            assert os.listdir(".") == os.listdir(directory) == os.listdir(inside / "a/sub") == ["f"]
+            assert (inside / "a/sub/f").read_text() == Path("f").read_text() == str(number)
+            (host / "a").rename(host / "b")
+            assert not (inside / "a/sub/f").exists()
+            assert (inside / "b/sub/f").read_text() == Path("f").read_text() == str(number)
+            (host / "a/sub").mkdir(parents=True)
+            (host / "a/sub/f").write_text("replaced")
+            assert (inside / "a/sub/f").read_text() == "replaced"
+            assert Path("f").read_text() == str(number)
+            shutil.rmtree(host / "b")
+            assert not Path("f").exists()
+            (host / "a/sub/f").unlink()
+            os.close(directory)
+    finally:
+        os.chdir(before)
+
+
+def test_names_that_change_places(bound: Stack) -> None:
+    """Hard links and exchanged names: each name shows what the host has there, and numbers agree."""
+    host, inside = bound.below, bound.inside
+    for name in ("one", "two"):
+        (host / name).write_text(name)
+    os.link(host / "one", host / "link")
+    for _ in range(50):
+        os.rename(host / "one", host / "third")
+        os.rename(host / "two", host / "one")
+        os.rename(host / "third", host / "two")
+        for name in ("one", "two", "link"):
+            assert (inside / name).read_text() == (host / name).read_text()
+            assert os.stat(inside / name).st_ino == os.stat(host / name).st_ino
+
+
+def test_a_name_that_is_a_point_elsewhere(make_stack: StackMaker) -> None:
+    """Only where it is attached does a bind path cover a name."""
+    stack = make_stack("union")
+    for source in ("one", "two"):
+        (stack.base / source / "deep").mkdir(parents=True)
+        (stack.base / source / "deep/which").write_text(source)
+    mnt = mount_with(stack, f"{stack.base}/one:/at", f"{stack.base}/two:/at/deep")
+    (stack.base / "one/other/deep").mkdir(parents=True)
+    for _ in range(3):
+        assert os.listdir(mnt / "at/deep") == ["deep"]
+        assert (mnt / "at/deep/deep/which").read_text() == "two"
+        assert os.listdir(mnt / "at/other/deep") == []
+
+
+def test_attributes_by_path(make_stack: StackMaker) -> None:
+    """chmod, chown and times of what is not open: files, directories, symbolic links; on the host at once."""
+    stack = make_stack("union")
+    host = stack.base / "host"
+    (host / "d").mkdir(parents=True)
+    (host / "f").touch()
+    os.symlink("nowhere", host / "s")
+    mnt = mount_with(stack, f"{host}:/rw", f"{host}:/ro:ro")
+    for name in ("d", "f", "s"):
+        inside, below = mnt / "rw" / name, host / name
+        os.chown(inside, ALICE, STAFF, follow_symlinks=False)
+        os.utime(inside, ns=(1_000_000_001, 2_000_000_002), follow_symlinks=False)
+        if name != "s":
+            inside.chmod(0o751)
+            assert stat.S_IMODE(below.stat().st_mode) == 0o751
+        for seen in (inside.lstat(), below.lstat(), (mnt / "ro" / name).lstat()):
+            assert (seen.st_uid, seen.st_gid) == (ALICE, STAFF)
+            assert (seen.st_atime_ns, seen.st_mtime_ns) == (1_000_000_001, 2_000_000_002)
+        with fails(errno.EROFS):
+            os.chown(mnt / "ro" / name, 0, 0, follow_symlinks=False)
+    (mnt / "rw/f").chmod(0o6755)
+    os.chown(mnt / "rw/f", BOB, -1)
+    assert stat.S_IMODE((host / "f").stat().st_mode) == 0o755
+
+
 def test_a_working_directory_follows_the_hosts_rename(bound: Stack) -> None:
     (bound.below / "a/b").mkdir(parents=True)
     directory = os.open(bound.inside / "a/b", os.O_RDONLY)
@@ -361,6 +474,36 @@ def test_one_in_another(make_stack: StackMaker) -> None:
     shutil.rmtree(outer / "in")  # a mount point lives as long as its mount
     assert sorted(os.listdir(mnt / "o")) == ["f", "in", "moved"]
     assert (mnt / "o/in/f").read_bytes() == b"inner"
+
+
+def test_without_the_mounts_below(make_stack: StackMaker) -> None:
+    stack = make_stack("union")
+    host = stack.base / "host"
+    (host / "sub").mkdir(parents=True)
+    (host / "sub/covered").touch()
+    raw.mount("tmpfs", host / "sub", "tmpfs")
+    try:
+        (host / "sub/mounted").touch()
+        mnt = stack.mount(
+            extra=[
+                "--bind-mode",
+                "fuse",
+                "-v",
+                f"{host}:/a",
+                "--mount",
+                f"type=bind,src={host},dst=/b,bind-nonrecursive",
+            ]
+        )
+        assert os.listdir(mnt / "a/sub") == ["mounted"]
+        for _ in range(2):
+            assert os.listdir(mnt / "b/sub") == ["covered"]
+            drop_caches()
+        (mnt / "b/sub/new").touch()
+        (mnt / "b/f").write_text("x")
+        assert (host / "f").read_text() == "x"
+    finally:
+        raw.umount2(host / "sub", 0)
+    assert sorted(os.listdir(host / "sub")) == ["covered", "new"]
 
 
 def test_a_single_file(make_stack: StackMaker) -> None:

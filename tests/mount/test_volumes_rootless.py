@@ -38,6 +38,10 @@ u mount --volumes-from first:ro lower:upper other
 grep -q more other/vol/seed
 refused touch other/data/x; grep -q 'Read-only' said
 u umount --rm other
+if [ {mode} = fuse ]; then
+    refused u mount --mount "type=bind,src=$PWD/host,dst=/data,bind-nonrecursive" lower:upper other
+    grep -q 'bind-nonrecursive needs root' said
+fi
 u umount first
 u volume backup vol vol.tar.gz; tar tzf vol.tar.gz | grep -q seed
 u volume restore back vol.tar.gz; grep -q more store/volumes/back/_data/seed
