@@ -58,7 +58,6 @@ struct lazy {
 	off_t chunk; /* bytes */
 	size_t chunks;
 	atomic_size_t missing; /* chunks that are not PRESENT */
-	double delay;          /* seconds before each chunk in the background, for tests */
 	int64_t written_ns;    /* when the last change was asked for, 0: never */
 	pthread_mutex_t lock;  /* guards state */
 	pthread_cond_t changed;
@@ -316,7 +315,7 @@ static PyObject *py_lazy_reserve(PyObject *self UNUSED, PyObject *args)
 	return PyBool_FromLong(!error);
 }
 
-static struct lazy *make(uint64_t node, int source, int target, off_t size, double delay)
+static struct lazy *make(uint64_t node, int source, int target, off_t size)
 {
 	off_t chunk = CHUNK;
 	size_t chunks;
@@ -335,7 +334,6 @@ static struct lazy *make(uint64_t node, int source, int target, off_t size, doub
 	lazy->size = size;
 	lazy->chunk = chunk;
 	lazy->chunks = lazy->missing = chunks;
-	lazy->delay = delay;
 	pthread_mutex_init(&lazy->lock, NULL);
 	pthread_cond_init(&lazy->changed, NULL);
 	return lazy;
@@ -346,10 +344,9 @@ static PyObject *py_lazy_begin(PyObject *self UNUSED, PyObject *args)
 	unsigned long long node;
 	long long size;
 	int source, target, own_source, own_target;
-	double delay;
 	struct lazy *lazy;
 
-	if (!PyArg_ParseTuple(args, "KiiLd", &node, &source, &target, &size, &delay))
+	if (!PyArg_ParseTuple(args, "KiiL", &node, &source, &target, &size))
 		return NULL;
 	own_source = fcntl(source, F_DUPFD_CLOEXEC, 0);
 	own_target = own_source < 0 ? -1 : fcntl(target, F_DUPFD_CLOEXEC, 0);
@@ -359,7 +356,7 @@ static PyObject *py_lazy_begin(PyObject *self UNUSED, PyObject *args)
 			close(own_source);
 		return NULL;
 	}
-	lazy = make(node, own_source, own_target, size, delay);
+	lazy = make(node, own_source, own_target, size);
 	if (!lazy) {
 		close(own_source);
 		close(own_target);
@@ -368,14 +365,6 @@ static PyObject *py_lazy_begin(PyObject *self UNUSED, PyObject *args)
 	lazy->next = first_lazy;
 	first_lazy = lazy;
 	Py_RETURN_NONE;
-}
-
-static void sleep_for(double seconds)
-{
-	struct timespec time = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
-
-	while (seconds > 0 && nanosleep(&time, &time) && errno == EINTR)
-		;
 }
 
 /*
@@ -390,7 +379,6 @@ static int copy_all(struct lazy *lazy)
 	for (size_t index = 0; index < lazy->chunks && !error; index++) {
 		off_t at = (off_t)index * lazy->chunk;
 
-		sleep_for(lazy->delay);
 		error = need_chunk(lazy, index);
 		if (error)
 			break;
@@ -456,7 +444,7 @@ static PyObject *py_lazy_end(PyObject *self UNUSED, PyObject *arg)
 
 PyMethodDef lazy_methods[] = {
 	{"lazy_reserve", py_lazy_reserve, METH_VARARGS, "(source, target, size): whether the data shall follow."},
-	{"lazy_begin", py_lazy_begin, METH_VARARGS, "(node, source, target, size, delay): the node's data follows."},
+	{"lazy_begin", py_lazy_begin, METH_VARARGS, "(node, source, target, size): the node's data follows."},
 	{"lazy_copy", py_lazy_copy, METH_O, "Copy all that is missing of a node's data."},
 	{"lazy_written", py_lazy_written, METH_O, "When a node's data was last written, in nanoseconds; 0: never."},
 	{"lazy_end", py_lazy_end, METH_O, "Forget the copy of a node."},

@@ -19,6 +19,7 @@ import errno
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -37,8 +38,8 @@ LEAST_BYTES: Final = 16 << 20
 # How many files are copied at a time; what is needed of others is copied when it is needed.
 _COPIES: Final = 4
 
-# Environment variable, for tests: how long the background copy waits before each chunk, in seconds.
-DELAY: Final = "UNIONFS_FOLLOW_DELAY"
+# Environment variable, for tests: the copies in the background wait as long as the file that it names exists.
+HOLD: Final = "UNIONFS_HOLD_COPIES"
 
 
 class _Attempt:
@@ -67,7 +68,6 @@ class Following:
         self._up = union.up
         self._invalidate_changed = invalidate_changed
         self._invalidate_data = invalidate_data
-        self._delay = float(os.environ.get(DELAY) or 0)
         self._limiter = trio.CapacityLimiter(_COPIES)
         self._nursery: trio.Nursery | None = None
         self._jobs: set[DataCopy] = set()
@@ -105,7 +105,7 @@ class Following:
         if self._nursery is not nursery:
             return False
         node = job.node
-        native.lazy_begin(node.id, job.source, job.target, job.size, self._delay)
+        native.lazy_begin(node.id, job.source, job.target, job.size)
         try:
             job.follow(functools.partial(native.lazy_written, node.id))
         except BaseException:
@@ -195,6 +195,8 @@ class Following:
 
 
 def _copy(job: DataCopy) -> None:
+    while os.path.exists(os.environ.get(HOLD, "")):
+        time.sleep(0.01)
     native.lazy_copy(job.node.id)
     job.sync()
 

@@ -231,7 +231,7 @@ def lazy_reserve(source: int, target: int, size: int) -> bool:
     return _module is not None and bool(_module.lazy_reserve(source, target, size))
 
 
-def lazy_begin(node: int, source: int, target: int, size: int, delay: float = 0.0) -> None:
+def lazy_begin(node: int, source: int, target: int, size: int) -> None:
     """Have what is read and written of a node's handles, from now on descriptors of *target*, copied first.
 
     Args:
@@ -239,13 +239,12 @@ def lazy_begin(node: int, source: int, target: int, size: int, delay: float = 0.
         source: a descriptor of the file that is copied; the layer makes its own of both.
         target: one of what `lazy_reserve` prepared.
         size: bytes to copy.
-        delay: seconds to wait before each chunk in `lazy_copy`, for tests.
 
     Raises:
         OSError: EMFILE.
     """
     assert _module is not None
-    _module.lazy_begin(node, source, target, size, delay)
+    _module.lazy_begin(node, source, target, size)
 
 
 def lazy_copy(node: int) -> None:
