@@ -53,11 +53,21 @@ class DataCopyPending(Exception):
 class DataCopy:
     """The bytes of one file on their way up. ``run`` may be called in any thread, the rest where the core runs.
 
-    *source*, *target* and *size* are the lower file, the copy and how much of it is wanted.
+    *source*, *target* and *size* are the lower file, the copy and how much of it is wanted. *in_place* says that the
+    copy is a metacopy in upper, otherwise it is a new file in work, with a *name* or without.
     """
 
     def __init__(
-        self, up: CopyUp, node: Node, source: int, target: int, name: bytes | None, size: int, *, whole: bool = False
+        self,
+        up: CopyUp,
+        node: Node,
+        source: int,
+        target: int,
+        name: bytes | None,
+        size: int,
+        *,
+        in_place: bool = False,
+        may_follow: bool = False,
     ) -> None:
         self.up = up
         self.node = node
@@ -65,14 +75,14 @@ class DataCopy:
         self.source = source
         self.target = target
         self.size = size
+        self.may_follow = may_follow
         self.follows = False
         self._written: Callable[[], int] = lambda: 0
         self._name = name
-        self._whole = whole
-        self._in_place = bool(node.flags & UPPER)
+        self._in_place = in_place
         # Writing data in place changes the times and drops capabilities: both are put back.
-        self._before = up.tree.stat(node) if self._in_place else None
-        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if self._in_place else None
+        self._before = up.tree.stat(node) if in_place else None
+        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if in_place else None
 
     def run(self) -> None:
         """Copy, and sync what was copied."""
@@ -91,31 +101,28 @@ class DataCopy:
                 self._restore()
                 self.up.complete_meta(self.node, self.target)
             else:
-                mtime = self._written()
-                self.up.publish_regular(self.node, self.target, self._name, metacopy=False, mtime=mtime)
-                if not self.follows:
-                    self.up.reopen_handles(self.node)
+                self._publish(self._written())
         except BaseException:
             if not self.follows:
                 self.abandon()
             raise
         self._close()
 
+    def _publish(self, mtime: int) -> None:
+        node, up, work = self.node, self.up, self.up.work
+        if not node.flags & UPPER:
+            up.publish_regular(node, self.target, self._name, metacopy=False, mtime=mtime)
+        else:
+            if self._name is None:
+                assert work is not None
+                name = work.temp_name()
+                sysio.linkat_fd(self.target, work.fd, name)
+                self._name = name
+            up.replace_meta(node, self.target, self._name, mtime=mtime)
+        if not self.follows:
+            up.reopen_handles(node)
+
     # -- data that follows --
-
-    def may_follow(self, least: int) -> bool:
-        """Tell whether the data of this file, if it has *least* bytes, may follow.
-
-        Left out is what seldom has big data: metacopies, which are filled in place; what writing would clear (suid,
-        capabilities), which would have to be kept apart from the lower file's; hard links and files without a name.
-        """
-        node = self.node
-        if not self._whole or self.size < least or self._in_place or node.flags & UNLINKED or node.parent is None:
-            return False
-        st = self.up.tree.stat(node)
-        if st.st_nlink > 1 or st.st_mode & (stat.S_ISUID | stat.S_ISGID):
-            return False
-        return _CAPABILITY not in list_xattrs(self.up.tree.path(node))
 
     def follow(self, written: Callable[[], int]) -> None:
         """Let all handles, from now on, be descriptors of the copy.
@@ -181,6 +188,7 @@ class CopyUp:
         self.metacopy = metacopy
         self.volatile = volatile
         self.offload = False  # set by a driver that can run DataCopy elsewhere
+        self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
         self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
         self.copies = 0
 
@@ -302,19 +310,58 @@ class CopyUp:
             self.directory(parent)
         whole = self.tree.stat(node).st_size
         wanted = whole if size is None else min(size, whole)
-        target, name = self._work().open_temp()
-        if not data or not wanted:
-            try:
-                self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
-                if data:
-                    self.reopen_handles(node)
-            except BaseException:
-                if name is not None:
-                    self._work().discard(name)
-                raise
-            finally:
-                os.close(target)
+        if data and wanted:
+            self._copy_to_temp(node, wanted, may_follow=wanted == whole and self._may_follow(node, whole))
             return
+        target, name = self._work().open_temp()
+        try:
+            self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
+            if data:
+                self.reopen_handles(node)
+        except BaseException:
+            if name is not None:
+                self._work().discard(name)
+            raise
+        finally:
+            os.close(target)
+
+    def _complete(self, node: Node, size: int | None) -> None:
+        """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).
+
+        That happens in place, unless the data may follow: then the metacopy is left alone until a whole file takes
+        its place.
+        """
+        whole = self.tree.stat(node).st_size
+        wanted = whole if size is None else min(size, whole)
+        if wanted == whole and self._may_follow(node, whole):
+            self._copy_to_temp(node, wanted, may_follow=True)
+            return
+        source = self.tree.open_real(node, os.O_RDONLY)
+        try:
+            target = self._open_upper(node, os.O_RDWR)
+        except BaseException:
+            os.close(source)
+            raise
+        self._start(DataCopy(self, node, source, target, None, wanted, in_place=True), wanted)
+
+    def _may_follow(self, node: Node, size: int) -> bool:
+        """Tell whether the data of a file may follow.
+
+        Left out is what is seldom big: what writing would clear (suid, capabilities), which would have to be kept apart
+        from the lower file's, hard links, and files without a name; and metacopies whose number is that of the upper
+        file, since another one is to take its place.
+        """
+        if self.follow_from is None or size < self.follow_from or node.flags & (UNLINKED | INDEXED):
+            return False
+        st = self.tree.stat(node)
+        if st.st_nlink > 1 or st.st_mode & (stat.S_ISUID | stat.S_ISGID) or node.parent is None:
+            return False
+        if node.flags & UPPER and node.ino == self.tree.inodes.map_ino(self.tree.layers.layer(0).device, node.rino):
+            return False
+        return _CAPABILITY not in list_xattrs(self.tree.path(node))
+
+    def _copy_to_temp(self, node: Node, size: int, *, may_follow: bool) -> None:
+        target, name = self._work().open_temp()
         try:
             source = self.tree.open_real(node, os.O_RDONLY)
         except BaseException:
@@ -322,19 +369,7 @@ class CopyUp:
             if name is not None:
                 self._work().discard(name)
             raise
-        self._start(DataCopy(self, node, source, target, name, wanted, whole=wanted == whole), wanted)
-
-    def _complete(self, node: Node, size: int | None) -> None:
-        """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``)."""
-        whole = self.tree.stat(node).st_size
-        wanted = whole if size is None else min(size, whole)
-        source = self.tree.open_real(node, os.O_RDONLY)
-        try:
-            target = self._open_upper(node, os.O_RDWR)
-        except BaseException:
-            os.close(source)
-            raise
-        self._start(DataCopy(self, node, source, target, None, wanted), wanted)
+        self._start(DataCopy(self, node, source, target, name, size, may_follow=may_follow), size)
 
     def _start(self, job: DataCopy, size: int) -> None:
         self.copies += 1
@@ -389,6 +424,28 @@ class CopyUp:
         os.removexattr(path, self.tree.fmt.metacopy)
         self._forget_lower_data(node)
         self.reopen_handles(node)
+        self.notify_changed.append(node)
+
+    def replace_meta(self, node: Node, target: int, name: bytes, *, mtime: int) -> None:
+        """Let a whole file, *name* in work, take the place of a metacopy of which it has the data.
+
+        *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not.
+        """
+        parent = node.parent
+        assert parent is not None
+        source, st = self.tree.path(node), self.tree.stat(node)
+        os.fchown(target, st.st_uid, st.st_gid)
+        for attribute in list_xattrs(source):
+            if attribute != self.tree.fmt.metacopy:
+                os.setxattr(target, attribute, os.getxattr(source, attribute, follow_symlinks=False))
+        self._copy_inode_flags(source, st, sysio.fd_path(target))
+        os.fchmod(target, stat.S_IMODE(st.st_mode))
+        sysio.utimens_fd(target, st.st_atime_ns, mtime or st.st_mtime_ns)
+        to_fd = self.tree.dirfds.upper(parent)
+        with self._parent_times(to_fd):
+            sysio.rename(self._work().fd, name, to_fd, node.name, 0)
+        self.tree.inodes.renumber_upper(node, os.fstat(target).st_ino)
+        self._forget_lower_data(node)
         self.notify_changed.append(node)
 
     def _forget_lower_data(self, node: Node) -> None:

@@ -80,6 +80,7 @@ class Following:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._up.follow_from = LEAST_BYTES if native.active() else None
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -89,7 +90,7 @@ class Following:
 
     async def finish(self) -> None:
         """Let no more data follow, and wait until all is published, or has failed."""
-        self._nursery = None
+        self._nursery = self._up.follow_from = None
         for job in list(self._jobs):
             await _attempt(job).ended.wait()
 
@@ -98,7 +99,7 @@ class Following:
     async def begin(self, job: DataCopy) -> bool:
         """Let the data of a copy follow if it may; False: it must be run. Raises OSError: ENOSPC, nothing was done."""
         nursery = self._nursery
-        if nursery is None or not native.active() or not job.may_follow(LEAST_BYTES):
+        if nursery is None or not job.may_follow:
             return False
         if not await trio.to_thread.run_sync(native.lazy_reserve, job.source, job.target, job.size):
             return False

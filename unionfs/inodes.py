@@ -184,6 +184,13 @@ class InodeTable:
         if node.id != node.rino:
             self._by_upper[node.rino] = node
 
+    def renumber_upper(self, node: Node, rino: int) -> None:
+        """Another upper object has taken the place of a node's."""
+        if self._by_upper.get(node.rino) is node:
+            del self._by_upper[node.rino]
+        node.rino = rino
+        self.note_upper(node)
+
     def add(self, ino: int, fmt: int, parent: Dir, name: bytes) -> Node:
         """Create a node and give it its first name."""
         node_id = self._free_id(ino)

@@ -59,11 +59,19 @@ def held(ground: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 
 @pytest.fixture
-def root(ours: Stack, held: Held) -> Iterator[Path]:
+def lower_root(ours: Stack, held: Held) -> Iterator[Path]:
     """A mounted union with a big lower file `f`; what is held is released before it is unmounted."""
     (ours.lower / "f").write_bytes(DATA)
     yield ours.mount()
     held.release()
+
+
+@pytest.fixture(params=["lower", "metacopy"])
+def root(lower_root: Path, request: pytest.FixtureRequest) -> Path:
+    """The same; or with a metacopy of that file in upper."""
+    if request.param == "metacopy":
+        os.chmod(lower_root / "f", 0o640)
+    return lower_root
 
 
 @contextmanager
@@ -77,12 +85,13 @@ def descriptor(path: Path, flags: int) -> Iterator[int]:
 
 
 def published(stack: Stack, name: str = "f") -> bool:
-    """Whether upper has the file."""
-    return (stack.up / name).exists()
+    """Whether upper has the file with its data."""
+    path = stack.up / name
+    return path.exists() and "trusted.overlay.metacopy" not in os.listxattr(path)
 
 
 def wait_published(stack: Stack, name: str = "f") -> None:
-    """Wait until upper has the file."""
+    """Wait until upper has the file with its data."""
     end = time.monotonic() + SECONDS
     while not published(stack, name):
         assert time.monotonic() < end
@@ -115,7 +124,6 @@ def test_append_returns_at_once(ours: Stack, root: Path, held: Held) -> None:
     with open(root / "f", "ab", buffering=0) as stream:
         stream.write(b"tail")
     assert not published(ours)
-    assert os.listdir(ours.up) == []
     now = (root / "f").stat()
     assert now.st_size == SIZE + 4
     assert now.st_mtime_ns > before.st_mtime_ns
@@ -307,6 +315,40 @@ def test_layers_on_different_file_systems(
     assert (ours.up / "f").read_bytes() == DATA[: 3 * MIB - 5] + b"x" * 10 + DATA[3 * MIB + 5 :]
 
 
+def test_a_metacopy_keeps_what_it_has(ours: Stack, held: Held, check_by_overlay: Callable[[Stack], Path]) -> None:
+    """Moved, so that its data is found by a redirect; owner, attributes, times and number as before."""
+    (ours.lower / "d").mkdir()
+    (ours.lower / "d" / "f").write_bytes(DATA)
+    root = ours.mount()
+    os.rename(root / "d" / "f", root / "g")
+    os.chown(root / "g", 12, 34)
+    os.setxattr(root / "g", "user.a", b"1")
+    os.utime(root / "g", ns=(5_000_000_001, 6_000_000_002))
+    before = (root / "g").stat()
+    with descriptor(root / "g", os.O_RDWR) as fd, descriptor(root / "g", os.O_RDONLY) as other:
+        assert not published(ours, "g")
+        held.release()
+        wait_published(ours, "g")
+        for _ in range(2):
+            now = (root / "g").stat()
+            assert (now.st_uid, now.st_gid, now.st_mode, now.st_size) == (12, 34, before.st_mode, SIZE)
+            assert (now.st_ino, now.st_mtime_ns, now.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
+            assert os.getxattr(root / "g", "user.a") == b"1"
+            with open(root / "g", "ab"):
+                pass
+        os.pwrite(fd, b"new", 0)
+        assert os.pread(other, 4, 0) == b"new" + DATA[3:4]
+    os.rename(root / "g", root / "h")
+    os.link(root / "h", root / "i")
+    ours.remount()
+    assert (root / "h").stat().st_ino == before.st_ino
+    assert (root / "i").read_bytes() == b"new" + DATA[3:]
+    view = snapshot(root)
+    ours.umount()
+    assert os.listdir(ours.work / "work") == []
+    assert_same(view, snapshot(check_by_overlay(ours)))
+
+
 # -- what waits for the end --
 
 ACTS: dict[str, Callable[[Path, int], object]] = {
@@ -328,22 +370,27 @@ ACTS: dict[str, Callable[[Path, int], object]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["lower", "metacopy"])
 @pytest.mark.parametrize("name", ACTS)
 def test_other_changes_wait_for_the_end(
-    ours: Stack, held: Held, check_by_overlay: Callable[[Stack], Path], name: str
+    ours: Stack, held: Held, check_by_overlay: Callable[[Stack], Path], name: str, kind: str
 ) -> None:
     (ours.lower / "f").write_bytes(DATA)
     (ours.lower / "small").write_bytes(b"small")
     root = ours.mount()
+    if kind == "metacopy":
+        os.chmod(root / "f", 0o604)
     with descriptor(root / "f", os.O_RDWR) as fd:
         os.pwrite(fd, b"W", 4 * MIB)
         thread = start(lambda: ACTS[name](root, fd))
         waited = still_waits(thread)
-        nothing = os.listdir(ours.up)
+        above = set(os.listdir(ours.up)) - {"small"}
+        early = published(ours)
         held.release()
         thread.join(SECONDS)
         assert waited
-        assert nothing == (["small"] if name == "replace" else [])
+        assert above == ({"f"} if kind == "metacopy" else set())
+        assert not early
         truncated = {"truncate": 5 * MIB, "ftruncate": 5 * MIB, "open for truncation": 0}.get(name)
         expected = DATA[: 4 * MIB] + b"W" + DATA[4 * MIB + 1 : truncated] if truncated != 0 else b""
         expected += bytes(MIB) if name == "grow" else b""
@@ -570,7 +617,7 @@ def test_a_lower_file_that_can_not_be_read_for_a_while(ours: Stack, root: Path, 
         for act in (lambda: os.fsync(fd), lambda: os.chmod(root / "f", 0o600)):
             with fails(errno.EIO):
                 act()
-        assert os.listdir(ours.up) == []
+        assert not published(ours)
         (ours.lower / "f").write_bytes(DATA)
         assert os.pread(fd, 10, 8 * MIB) == DATA[8 * MIB : 8 * MIB + 10]
         os.fsync(fd)
@@ -582,7 +629,8 @@ def test_a_lower_file_that_can_not_be_read_for_a_while(ours: Stack, root: Path, 
 @pytest.mark.expected_log(r"f: the copy-up has failed \(Input/output error\), to be tried again")
 @pytest.mark.expected_log(r"f: can't be copied up \(Input/output error\): what was written to it is lost")
 @pytest.mark.parametrize("end", ["close", "SIGTERM"])
-def test_a_lower_file_that_can_not_be_read_any_more(ours: Stack, root: Path, held: Held, end: str) -> None:
+def test_a_lower_file_that_can_not_be_read_any_more(ours: Stack, lower_root: Path, held: Held, end: str) -> None:
+    root = lower_root
     fd = os.open(root / "f", os.O_RDWR)
     os.pwrite(fd, b"lost", 2 * MIB)
     os.truncate(ours.lower / "f", 18 * MIB)
