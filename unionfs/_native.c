@@ -189,7 +189,7 @@ struct job {
 	off_t off, off_out;
 	size_t size;
 	int mode;
-	void *data;		       /* owned by the job */
+	void *data; /* owned by the job */
 	struct lazy *lazy, *lazy_out; /* what must be there first of fd and fd_out, if anything is missing (_lazy.h) */
 };
 
@@ -320,6 +320,8 @@ static void run_read(const struct job *job)
 	void *buffer = NULL;
 	ssize_t n;
 
+	if (!error && job->fd < 0)
+		error = EMFILE;
 	if (!error)
 		error = posix_memalign(&buffer, PAGE, job->size);
 	if (error) {
@@ -512,6 +514,8 @@ static void run_copy_file_range(const struct job *job)
 	ssize_t n = -1;
 
 	error = error ? error : error_out;
+	if (!error && job->fd < 0)
+		error = EMFILE;
 	while (n < 0 && (!error || error == EINTR)) {
 		n = copy_file_range(job->fd, &off, job->fd_out, &off_out, job->size, (unsigned)job->mode);
 		error = n < 0 ? errno : 0;
