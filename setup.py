@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = "unionfs/_native.c"
+SOURCES = ["unionfs/_native.c", "unionfs/_lazy.c"]
 
 
 def pkg_config(flag: str) -> list[str]:
@@ -28,7 +28,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "unionfs._native",
-            [SOURCE],
+            SOURCES,
             depends=[str(path) for path in Path("unionfs").glob("*.h")],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", *pkg_config("--cflags")],
             extra_link_args=pkg_config("--libs"),

@@ -78,6 +78,7 @@ class BindingOperations(UnionOperations):
                 self._dir_handles,
                 timeout=self._timeout,
                 invalidate_changed=self._invalidate_changed,
+                closed=self._following.closed,
                 read_only=self._union_read_only,
             )
 

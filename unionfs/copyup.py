@@ -13,6 +13,10 @@ from there to its name in upper: its other names find it through the index and s
 Copies of more than `OFFLOAD_BYTES` don't run here: :class:`DataCopyPending` is raised *before anything of the
 operation was done*, carrying a :class:`DataCopy`. Whoever drives the core runs it (in a thread), calls ``finish`` and
 tries the operation again. While a copy is under way, operations that would change that node raise it too.
+
+A driver that can see to it that nobody reads what isn't there yet may let the data *follow* (:meth:`DataCopy.follow`):
+from then on all handles of the file are descriptors of the unpublished copy, opening it for writing is answered at
+once, and the lower file goes on showing below until ``finish``.
 """
 
 from __future__ import annotations
@@ -21,19 +25,20 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs import sysio
 from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
 from unionfs.markers import encode_nlink, get_xattr, list_xattrs
-from unionfs.tree import Tree
+from unionfs.tree import STRIP_OPEN, Tree
 from unionfs.workdir import WorkDir, set_impure
 
 OFFLOAD_BYTES: Final = 4 << 20
 
 _CAPABILITY: Final = "security.capability"
 _MUST_COPY: Final = ("security.", "system.posix_acl_")
+_SECOND: Final = 1_000_000_000
 _FS_SYNC, _FS_IMMUTABLE, _FS_APPEND, _FS_NOATIME = 0x08, 0x10, 0x20, 0x80
 
 
@@ -46,45 +51,121 @@ class DataCopyPending(Exception):
 
 
 class DataCopy:
-    """The bytes of one file on their way up. ``run`` may be called in any thread, the rest where the core runs."""
+    """The bytes of one file on their way up. ``run`` may be called in any thread, the rest where the core runs.
 
-    def __init__(self, up: CopyUp, node: Node, source: int, target: int, name: bytes | None, size: int) -> None:
+    *source*, *target* and *size* are the lower file, the copy and how much of it is wanted. *in_place* says that the
+    copy is a metacopy in upper, otherwise it is a new file in work, with a *name* or without.
+    """
+
+    def __init__(
+        self,
+        up: CopyUp,
+        node: Node,
+        source: int,
+        target: int,
+        name: bytes | None,
+        size: int,
+        *,
+        in_place: bool = False,
+        may_follow: bool = False,
+    ) -> None:
         self.up = up
         self.node = node
         self.waiters: object | None = None  # whatever the driver needs to let others wait
-        self._source = source
-        self._target = target
+        self.source = source
+        self.target = target
+        self.size = size
+        self.may_follow = may_follow
+        self.follows = False
+        self._written: Callable[[], int] = lambda: 0
         self._name = name
-        self._size = size
-        self._in_place = bool(node.flags & UPPER)
+        self._in_place = in_place
         # Writing data in place changes the times and drops capabilities: both are put back.
-        self._before = up.tree.stat(node) if self._in_place else None
-        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if self._in_place else None
+        self._before = up.tree.stat(node) if in_place else None
+        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if in_place else None
 
     def run(self) -> None:
         """Copy, and sync what was copied."""
-        sysio.copy_data(self._source, self._target, self._size)
-        if self._size and not self.up.volatile:
-            os.fsync(self._target)
+        sysio.copy_data(self.source, self.target, self.size)
+        self.sync()
+
+    def sync(self) -> None:
+        """Sync what was copied; in any thread."""
+        if self.size and not self.up.volatile:
+            os.fsync(self.target)
 
     def finish(self) -> None:
-        """Publish the copy."""
+        """Publish the copy. Where that fails the copy is abandoned, unless its data follows: then it may be retried."""
         try:
             if self._in_place:
                 self._restore()
-                self.up.complete_meta(self.node, self._target)
+                self.up.complete_meta(self.node, self.target)
             else:
-                self.up.publish_regular(self.node, self._target, self._name, metacopy=False)
+                self._publish(self._written())
         except BaseException:
-            self.abandon()
+            if not self.follows:
+                self.abandon()
             raise
         self._close()
 
+    def _publish(self, mtime: int) -> None:
+        node, up, work = self.node, self.up, self.up.work
+        if not node.flags & UPPER:
+            up.publish_regular(node, self.target, self._name, metacopy=False, mtime=mtime)
+        else:
+            if self._name is None:
+                assert work is not None
+                name = work.temp_name()
+                sysio.linkat_fd(self.target, work.fd, name)
+                self._name = name
+            up.replace_meta(node, self.target, self._name, mtime=mtime)
+        if not self.follows:
+            up.reopen_handles(node)
+
+    # -- data that follows --
+
+    def follow(self, written: Callable[[], int]) -> None:
+        """Let all handles, from now on, be descriptors of the copy.
+
+        Args:
+            written: tells when the data was last written, in nanoseconds; 0: never.
+        """
+        fresh = self.open(os.O_RDONLY)
+        self._written = written
+        self.follows = True
+        for fd in self.node.handles or ():
+            os.dup2(fresh, fd, inheritable=False)
+        os.close(fresh)
+
+    def open(self, flags: int) -> int:
+        """Open the copy with the access mode and status flags of an ``open(2)``."""
+        return os.open(sysio.fd_path(self.target), (flags & ~STRIP_OPEN) | os.O_CLOEXEC)
+
+    def shown(self, st: os.stat_result) -> os.stat_result:
+        """Return what the file shows meanwhile: the lower attributes, but size, blocks and times of what is written."""
+        if not self.follows:
+            return st
+        now = os.fstat(self.target)
+        written = self._written()
+        mtime, ctime = (written, written) if written else (st.st_mtime_ns, st.st_ctime_ns)
+        seconds = (int(st.st_atime), mtime // _SECOND, ctime // _SECOND)
+        return os.stat_result(
+            (*st[:6], now.st_size, *seconds),
+            {
+                "st_atime_ns": st.st_atime_ns,
+                "st_mtime_ns": mtime,
+                "st_ctime_ns": ctime,
+                "st_blksize": st.st_blksize,
+                "st_blocks": now.st_blocks,
+                "st_rdev": st.st_rdev,
+            },
+        )
+
     def _restore(self) -> None:
         if self._capability is not None:
-            os.setxattr(self._target, _CAPABILITY, self._capability)
+            os.setxattr(self.target, _CAPABILITY, self._capability)
         if self._before is not None:
-            sysio.utimens_fd(self._target, self._before.st_atime_ns, self._before.st_mtime_ns)
+            sysio.utimens_fd(self.target, self._before.st_atime_ns, self._before.st_mtime_ns)
 
     def abandon(self) -> None:
         """Give up: remove what is unpublished."""
@@ -93,10 +174,10 @@ class DataCopy:
         self._close()
 
     def _close(self) -> None:
-        for fd in (self._source, self._target):
+        for fd in (self.source, self.target):
             if fd >= 0:
                 os.close(fd)
-        self._source = self._target = -1
+        self.source = self.target = -1
 
 
 class CopyUp:
@@ -107,6 +188,7 @@ class CopyUp:
         self.metacopy = metacopy
         self.volatile = volatile
         self.offload = False  # set by a driver that can run DataCopy elsewhere
+        self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
         self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
         self.copies = 0
 
@@ -228,17 +310,58 @@ class CopyUp:
             self.directory(parent)
         whole = self.tree.stat(node).st_size
         wanted = whole if size is None else min(size, whole)
-        target, name = self._work().open_temp()
-        if not data or not wanted:
-            try:
-                self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
-            except BaseException:
-                if name is not None:
-                    self._work().discard(name)
-                raise
-            finally:
-                os.close(target)
+        if data and wanted:
+            self._copy_to_temp(node, wanted, may_follow=wanted == whole and self._may_follow(node, whole))
             return
+        target, name = self._work().open_temp()
+        try:
+            self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
+            if data:
+                self.reopen_handles(node)
+        except BaseException:
+            if name is not None:
+                self._work().discard(name)
+            raise
+        finally:
+            os.close(target)
+
+    def _complete(self, node: Node, size: int | None) -> None:
+        """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).
+
+        That happens in place, unless the data may follow: then the metacopy is left alone until a whole file takes
+        its place.
+        """
+        whole = self.tree.stat(node).st_size
+        wanted = whole if size is None else min(size, whole)
+        if wanted == whole and self._may_follow(node, whole):
+            self._copy_to_temp(node, wanted, may_follow=True)
+            return
+        source = self.tree.open_real(node, os.O_RDONLY)
+        try:
+            target = self._open_upper(node, os.O_RDWR)
+        except BaseException:
+            os.close(source)
+            raise
+        self._start(DataCopy(self, node, source, target, None, wanted, in_place=True), wanted)
+
+    def _may_follow(self, node: Node, size: int) -> bool:
+        """Tell whether the data of a file may follow.
+
+        Left out is what is seldom big: what writing would clear (suid, capabilities), which would have to be kept apart
+        from the lower file's, hard links, and files without a name; and metacopies whose number is that of the upper
+        file, since another one is to take its place.
+        """
+        if self.follow_from is None or size < self.follow_from or node.flags & (UNLINKED | INDEXED):
+            return False
+        st = self.tree.stat(node)
+        if st.st_nlink > 1 or st.st_mode & (stat.S_ISUID | stat.S_ISGID) or node.parent is None:
+            return False
+        if node.flags & UPPER and node.ino == self.tree.inodes.map_ino(self.tree.layers.layer(0).device, node.rino):
+            return False
+        return _CAPABILITY not in list_xattrs(self.tree.path(node))
+
+    def _copy_to_temp(self, node: Node, size: int, *, may_follow: bool) -> None:
+        target, name = self._work().open_temp()
         try:
             source = self.tree.open_real(node, os.O_RDONLY)
         except BaseException:
@@ -246,19 +369,7 @@ class CopyUp:
             if name is not None:
                 self._work().discard(name)
             raise
-        self._start(DataCopy(self, node, source, target, name, wanted), wanted)
-
-    def _complete(self, node: Node, size: int | None) -> None:
-        """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``)."""
-        whole = self.tree.stat(node).st_size
-        wanted = whole if size is None else min(size, whole)
-        source = self.tree.open_real(node, os.O_RDONLY)
-        try:
-            target = self._open_upper(node, os.O_RDWR)
-        except BaseException:
-            os.close(source)
-            raise
-        self._start(DataCopy(self, node, source, target, None, wanted), wanted)
+        self._start(DataCopy(self, node, source, target, name, size, may_follow=may_follow), size)
 
     def _start(self, job: DataCopy, size: int) -> None:
         self.copies += 1
@@ -273,9 +384,20 @@ class CopyUp:
         job.finish()
 
     def publish_regular(
-        self, node: Node, target: int, name: bytes | None, *, metacopy: bool, size: int | None = None
+        self,
+        node: Node,
+        target: int,
+        name: bytes | None,
+        *,
+        metacopy: bool,
+        size: int | None = None,
+        mtime: int = 0,
     ) -> None:
-        """Finish a regular file built in work: metadata, marks, and its place in upper or the index."""
+        """Finish a regular file built in work: metadata, marks, and its place in upper or the index.
+
+        Where it has data, the caller sees to open handles (`reopen_handles`).
+        *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not.
+        """
         source = self.tree.path(node)
         st = self.tree.stat(node)
         path = sysio.fd_path(target)
@@ -287,7 +409,7 @@ class CopyUp:
         if metacopy:
             os.setxattr(target, self.tree.fmt.metacopy, b"")
         os.fchmod(target, stat.S_IMODE(st.st_mode))
-        sysio.utimens_fd(target, st.st_atime_ns, st.st_mtime_ns)
+        sysio.utimens_fd(target, st.st_atime_ns, mtime or st.st_mtime_ns)
         self._place(node, st, target, name, origin)
         if metacopy:
             if not node.flags & META:
@@ -295,7 +417,6 @@ class CopyUp:
             node.flags |= META
         else:
             self._forget_lower_data(node)
-            self.reopen_handles(node)
 
     def complete_meta(self, node: Node, target: int) -> None:
         """End the data copy of a metacopy file by taking its mark away."""
@@ -303,6 +424,28 @@ class CopyUp:
         os.removexattr(path, self.tree.fmt.metacopy)
         self._forget_lower_data(node)
         self.reopen_handles(node)
+        self.notify_changed.append(node)
+
+    def replace_meta(self, node: Node, target: int, name: bytes, *, mtime: int) -> None:
+        """Let a whole file, *name* in work, take the place of a metacopy of which it has the data.
+
+        *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not.
+        """
+        parent = node.parent
+        assert parent is not None
+        source, st = self.tree.path(node), self.tree.stat(node)
+        os.fchown(target, st.st_uid, st.st_gid)
+        for attribute in list_xattrs(source):
+            if attribute != self.tree.fmt.metacopy:
+                os.setxattr(target, attribute, os.getxattr(source, attribute, follow_symlinks=False))
+        self._copy_inode_flags(source, st, sysio.fd_path(target))
+        os.fchmod(target, stat.S_IMODE(st.st_mode))
+        sysio.utimens_fd(target, st.st_atime_ns, mtime or st.st_mtime_ns)
+        to_fd = self.tree.dirfds.upper(parent)
+        with self._parent_times(to_fd):
+            sysio.rename(self._work().fd, name, to_fd, node.name, 0)
+        self.tree.inodes.renumber_upper(node, os.fstat(target).st_ino)
+        self._forget_lower_data(node)
         self.notify_changed.append(node)
 
     def _forget_lower_data(self, node: Node) -> None:

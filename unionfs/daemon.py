@@ -293,6 +293,7 @@ class _Life:
                 else:
                     log.info("ending on %s", signal.Signals(number).name)
                     await self._take_down_volumes()
+                    await operations.finish()
                     pyfuse3.terminate()
 
     def _write_record(self) -> str | None:

@@ -74,6 +74,7 @@ class Direct:
         *,
         timeout: float,
         invalidate_changed: Callable[[], None],
+        closed: Callable[[Node], None],
         covered: Mapping[tuple[int, bytes], object],
     ) -> None:
         """Share with the operations what both work on.
@@ -84,6 +85,7 @@ class Direct:
             dir_handles: its open directories, by handle number.
             timeout: how long the kernel may keep names and attributes, in seconds.
             invalidate_changed: tells the kernel of attributes that copy-up changed.
+            closed: is told of files of which a handle was closed.
             covered: (id of a directory, name) where something else than the union's is.
         """
         self._union = union
@@ -95,6 +97,7 @@ class Direct:
         self._dir_handles = dir_handles
         self._timeout = float(timeout)
         self._invalidate_changed = invalidate_changed
+        self._closed = closed
         self._covered = covered
         self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
         self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(_ENTRY_SIZE - 36)
@@ -375,6 +378,8 @@ class Direct:
             return None
         self._handles.closed(node, fh)
         self._union.close_file(fh)
+        if node.job is not None:
+            self._closed(node)
         return 0
 
     # -- directories --

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from typing import Final, Protocol
 
 ROOT_ID: Final = 1
 
@@ -36,6 +36,13 @@ BROKEN_LINK: Final = 256  # a lower hard link that copy-up will separate: identi
 _FSID_SHIFT: Final = 55
 _INO_MASK: Final = (1 << _FSID_SHIFT) - 1
 _EXTRA_BIT: Final = 1 << 63
+
+
+class Job(Protocol):
+    """A copy-up of a file's data that is under way (copyup.DataCopy)."""
+
+    def shown(self, st: os.stat_result) -> os.stat_result:
+        """Return what the file shows meanwhile, given the stat result of the lower file."""
 
 
 class Node:
@@ -72,7 +79,7 @@ class Node:
         self.nlink = 0  # with INDEXED: the number of names in the union
         self.anchor = -1  # O_PATH descriptor where no name leads to the real object
         self.handles: list[int] | None = None  # open file handles (descriptor numbers)
-        self.job: object | None = None  # a copy-up of data that is under way (copyup.DataCopy)
+        self.job: Job | None = None
 
     @property
     def is_dir(self) -> bool:
@@ -176,6 +183,13 @@ class InodeTable:
         """Make an upper node findable by its real inode where its id is another number."""
         if node.id != node.rino:
             self._by_upper[node.rino] = node
+
+    def renumber_upper(self, node: Node, rino: int) -> None:
+        """Another upper object has taken the place of a node's."""
+        if self._by_upper.get(node.rino) is node:
+            del self._by_upper[node.rino]
+        node.rino = rino
+        self.note_upper(node)
 
     def add(self, ino: int, fmt: int, parent: Dir, name: bytes) -> Node:
         """Create a node and give it its first name."""

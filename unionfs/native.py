@@ -13,6 +13,7 @@ What the layer does by itself once `active` is True:
 - Lookups and listings of one directory come in parallel (FUSE_PARALLEL_DIROPS).
 - The kernel does not apply the umask (`FUSE_DONT_MASK`): the operations must, unless a default ACL overrides it.
 - Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`; see `auto_invalidate`.
+- What is missing of a copy whose data follows is copied before it is read or written (`lazy_begin`, _lazy.c).
 - What is written through a handle that has O_APPEND goes to the end that the host's file has.
 - An entry's `generation`, when not 0, is the `st_ino` to show; `st_ino` is then only the node id.
 
@@ -251,6 +252,57 @@ def auto_invalidate() -> None:
     """
     if _module is not None:
         _module.auto_invalidate()
+
+
+def lazy_reserve(source: int, target: int, size: int) -> bool:
+    """Take the room that a copy of a file will need, as many holes as there are left out. May be called in any thread.
+
+    Args:
+        source: a descriptor of the file.
+        target: one of an empty file for the copy; it gets its size.
+        size: that, in bytes.
+
+    Returns:
+        Whether the data is worth following: not where it can be cloned, or room can't be reserved in advance.
+
+    Raises:
+        OSError: ENOSPC, EDQUOT, EFBIG, EIO.
+    """
+    return _module is not None and bool(_module.lazy_reserve(source, target, size))
+
+
+def lazy_begin(node: int, source: int, target: int, size: int) -> None:
+    """Have what is read and written of a node's handles, from now on descriptors of *target*, copied first.
+
+    Args:
+        node: the node id.
+        source: a descriptor of the file that is copied; the layer makes its own of both.
+        target: one of what `lazy_reserve` prepared.
+        size: bytes to copy.
+
+    Raises:
+        OSError: EMFILE.
+    """
+    assert _module is not None
+    _module.lazy_begin(node, source, target, size)
+
+
+def lazy_copy(node: int) -> None:
+    """Copy what is still missing of a node's data; to be called in a thread. Raises the OSError that stops it."""
+    assert _module is not None
+    _module.lazy_copy(node)
+
+
+def lazy_written(node: int) -> int:
+    """When the data of a node was last changed since `lazy_begin`, in nanoseconds since the epoch; 0: not at all."""
+    assert _module is not None
+    return int(_module.lazy_written(node))
+
+
+def lazy_end(node: int) -> None:
+    """Undo `lazy_begin`: all is there, or nobody uses the node's handles any more."""
+    assert _module is not None
+    _module.lazy_end(node)
 
 
 Handler = Callable[[int, int, int, int, bytes], bytes | int | None]

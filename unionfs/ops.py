@@ -28,6 +28,7 @@ from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.direct import Direct
 from unionfs.dirops import Caller
+from unionfs.following import Following
 from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
@@ -80,6 +81,9 @@ class UnionOperations(pyfuse3.Operations):
         self._native = False
         self._handles = Handles(timeout=self._timeout, read_only=config.upper is None)
         self._invalidations = 0
+        self._following = Following(
+            union, invalidate_changed=self._invalidate_changed, invalidate_data=self._invalidate_data
+        )
         union.up.offload = True
 
     def covered(self) -> Mapping[tuple[int, bytes], object] | None:
@@ -103,13 +107,17 @@ class UnionOperations(pyfuse3.Operations):
                 self._dir_handles,
                 timeout=self._timeout,
                 invalidate_changed=self._invalidate_changed,
+                closed=self._following.closed,
                 covered=covered,
             )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
-        task_status.started()
-        await trio.sleep_forever()
+        await self._following.run(task_status)
+
+    async def finish(self) -> None:
+        """Wait until all that was written is where it belongs, before the mount ends on a signal."""
+        await self._following.finish()
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""
@@ -119,6 +127,7 @@ class UnionOperations(pyfuse3.Operations):
             "open_files": len(union.open_files),
             "open_directories": len(self._dir_handles),
             "copy_ups": union.up.copies,
+            "following_copies": len(self._following),
             "invalidations": self._invalidations,
             **{f"native_{name}": value for name, value in native.counters().items()},
         }
@@ -195,8 +204,16 @@ class UnionOperations(pyfuse3.Operations):
             with contextlib.suppress(OSError):
                 pyfuse3.invalidate_inode(node.id, attr_only=True)
 
+    def _invalidate_data(self, node: Node) -> None:
+        """Have the kernel forget a file's data too. Not in the loop: it waits for requests that are under way."""
+        with contextlib.suppress(OSError):
+            pyfuse3.invalidate_inode(node.id, attr_only=False)
+
     async def _settle(self, job: DataCopy) -> None:
-        """Run a copy of data in a thread, or wait for whoever does."""
+        """Run a copy of data in a thread, or let it follow, or wait for whoever does."""
+        if job.follows:
+            await self._following.end(job)
+            return
         if job.waiters is not None:
             assert isinstance(job.waiters, trio.Event)
             await job.waiters.wait()
@@ -204,14 +221,16 @@ class UnionOperations(pyfuse3.Operations):
         job.waiters = done = trio.Event()
         try:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(job.run)
+                if not await self._following.begin(job):
+                    await trio.to_thread.run_sync(job.run)
         except BaseException:
             job.node.job = None
             job.abandon()
             raise
         else:
-            job.node.job = None
-            job.finish()
+            if not job.follows:
+                job.node.job = None
+                job.finish()
         finally:
             done.set()
             self._tree.forget(job.node, 0)
@@ -381,12 +400,16 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def release(self, fh: int) -> None:
         """Close an open file."""
-        self._handles.closed(self._union.open_files[fh], fh)
+        node = self._union.open_files[fh]
+        self._handles.closed(node, fh)
         self._union.close_file(fh)
+        self._following.closed(node)
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """Make a file durable, off the loop."""
+        """Make a file durable, off the loop; what follows must be there for that."""
+        if not self._union.config.volatile:
+            await self._following.settle(self._union.open_files[fh])
         if self._union.syncable(fh):
             await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fh)
 

@@ -38,7 +38,7 @@ from unionfs.markers import Format, decode_nlink, get_xattr
 from unionfs.resolve import Found, Resolver, where_tuple
 from unionfs.workdir import WorkDir, set_impure
 
-_STRIP_OPEN: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW | os.O_DIRECTORY
+STRIP_OPEN: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW | os.O_DIRECTORY
 
 
 class Tree:
@@ -99,7 +99,8 @@ class Tree:
         found = self.resolver.lookup(parent, name, first)
         if found is None:
             return None
-        return self.attach(parent, name, found), found.st
+        node = self.attach(parent, name, found)
+        return node, found.st if node.job is None else self.stat(node)
 
     @staticmethod
     def prefer(node: Node, parent: Dir, name: bytes) -> None:
@@ -220,7 +221,10 @@ class Tree:
         return node.anchor >= 0 or isinstance(node, Dir)
 
     def stat(self, node: Node) -> os.stat_result:
-        """Return the stat result of the real object."""
+        """Return the stat result of the real object, with what a copy-up of its data has changed so far."""
+        return self._real_stat(node) if node.job is None else node.job.shown(self._real_stat(node))
+
+    def _real_stat(self, node: Node) -> os.stat_result:
         if node.anchor >= 0:
             return os.fstat(node.anchor)
         if isinstance(node, Dir):
@@ -272,7 +276,7 @@ class Tree:
 
         The caller sees to it that what is opened for writing is in upper.
         """
-        flags = (flags & ~_STRIP_OPEN) | os.O_CLOEXEC
+        flags = (flags & ~STRIP_OPEN) | os.O_CLOEXEC
         if node.flags & META:
             return self._without_atime(lambda extra: self.open_data_place(node, flags | extra), node.layer)
         if node.anchor >= 0:

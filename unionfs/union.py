@@ -3,7 +3,7 @@
 It knows neither pyfuse3 nor trio and can be used on directories without a mount. All of it runs in one thread; each
 operation is atomic to the others, since nothing here awaits. There are no locks to order. The one thing that may run
 elsewhere is the data of a :class:`~unionfs.copyup.DataCopy`, during which the node's ``job`` keeps other changes of
-that node away.
+that node away, unless it follows: then writing through handles is the driver's to look after.
 
 Operations raise plain :class:`OSError`, and :class:`~unionfs.copyup.DataCopyPending` before anything was changed.
 """
@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from unionfs import acl, index, sysio
 from unionfs.config import MountConfig
-from unionfs.copyup import CopyUp
+from unionfs.copyup import CopyUp, DataCopy
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
@@ -39,6 +39,7 @@ from unionfs.workdir import WorkDir
 log = logging.getLogger(__name__)
 
 _WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_FINISHED: Final = os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # to open with these a copy whose data follows must be there
 
 
 class Changes(NamedTuple):
@@ -198,11 +199,15 @@ class Union:
         """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
         if node.is_dir:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if flags & _WRITE:
-            self.up.node(node, data=True, size=0 if flags & os.O_TRUNC else None)
         if self.config.volatile:
             flags &= ~(os.O_SYNC | os.O_DSYNC)
-        fd = self.tree.open_real(node, flags)
+        job = node.job
+        if isinstance(job, DataCopy) and job.follows and not flags & _FINISHED:
+            fd = job.open(flags)
+        else:
+            if flags & _WRITE:
+                self.up.node(node, data=True, size=0 if flags & os.O_TRUNC else None)
+            fd = self.tree.open_real(node, flags)
         if flags & os.O_TRUNC and kill_for is not None:
             clear_suidgid(fd, kill_for)
             self.up.notify_changed.append(node)

@@ -16,7 +16,7 @@ PACKAGE = Path(unionfs.__file__).parent
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
-    *("native", "dispatch", "handles", "direct", "bind_direct", "ops", "bind_ops", "mountinfo", "control"),
+    *("native", "dispatch", "handles", "following", "direct", "bind_direct", "ops", "bind_ops", "mountinfo", "control"),
     *("preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
@@ -29,7 +29,7 @@ CORE = ORDER[1 : ORDER.index("bind") + 1]
 ALLOWED = {
     "ctypes": {"sysio"},
     "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
-    "trio": {"dispatch", "ops", "bind_ops", "daemon"},
+    "trio": {"dispatch", "following", "ops", "bind_ops", "daemon"},
     "sqlite3": {"volumedb"},
     "typer": {"cli", "volume_cli"},
     "rich": {"cli", "volume_cli"},
