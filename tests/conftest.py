@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.filesystems import FsKind, disk_ground, file_system, remove_tree
-from tests.support.gates import SHARED_SUFFIX, Gate, fault_timeout
+from tests.support.gates import SHARED_SUFFIX, UMASK, Gate, fault_timeout
 from tests.support.mounts import Kind, Stack
 
 FAULT_SECONDS = 90.0
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def session_ground() -> Iterator[Path]:
     """A directory on a real disk file system that takes trusted xattrs."""
-    os.umask(0o022)
+    os.umask(UMASK)
     with disk_ground() as base:
         yield base
 

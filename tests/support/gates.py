@@ -1,4 +1,4 @@
-"""What no test may leave behind: mounts, daemons, descriptors, unexpected log lines; and the fault timeout."""
+"""What no test may leave behind: another umask, mounts, daemons, descriptors, unexpected log lines; and the fault timeout."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.support import raw
 from tests.support.mounts import daemons, mounted_below
 
 HARD_EXIT_SECONDS = 120.0
+UMASK = 0o022
 SHARED_SUFFIX = "-shared"
 """How the names of mount points end that stay for the whole session."""
 
@@ -44,7 +45,9 @@ class Gate:
 
     def leaks(self) -> list[str]:
         """One line for each leaked mount, daemon and descriptor; daemons get a moment to end."""
-        lines = [f"mount left: {path}" for path in self._left_mounts()]
+        umask = os.umask(UMASK)
+        lines = [f"umask left: {umask:#o}"] if umask != UMASK else []
+        lines += [f"mount left: {path}" for path in self._left_mounts()]
         lines += [f"daemon left: {pid} {command}" for pid, command in self._left_daemons().items()]
         lines += [f"descriptor left: {target}" for target in self._left_descriptors()]
         return lines
