@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ END_SECONDS = 120.0
 
 # How long it may take before other mount namespaces are looked at for the reason.
 NAMESPACE_SECONDS = 3.0
+
+# How long a glance at a mount may keep it busy, in seconds.
+GLANCE_SECONDS = 2.0
 
 # How many holders a message names.
 SHOWN_HOLDERS = 5
@@ -177,13 +181,23 @@ def _detach_all(mount: Mount, entry: Entry, *, lazy: bool) -> None:
                 undoing.unmount(bind, detach=False)
             except OSError as exc:
                 raise _explain(bind, "busy" if exc.errno == errno.EBUSY else exc.strerror or str(exc)) from None
-        error = _detach(mount.mountpoint, lazy=lazy)
+        error = _detach_when_free(mount, lazy=lazy)
         if error is not None:
             raise _explain(mount, error)
     except BaseException:
         control.note_mounts(entry, undoing.put_back())
         raise
     undoing.close()
+
+
+def _detach_when_free(mount: Mount, *, lazy: bool) -> str | None:
+    """Unmount; a mount that nobody holds is busy while somebody looks at it (`unionfs ls`, df), so try again."""
+    end = time.monotonic() + GLANCE_SECONDS
+    while True:
+        error = _detach(mount.mountpoint, lazy=lazy)
+        if error is None or "busy" not in error or time.monotonic() > end or holders(mount):
+            return error
+        time.sleep(0.05)
 
 
 def _volume_mounts(mount: Mount, record: Record | None) -> list[Mount]:
