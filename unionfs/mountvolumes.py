@@ -1,26 +1,34 @@
 """The volumes of one mount, from its start to its end.
 
     prepare      before the union is mounted: volumes are made and marked as used, host paths opened
-    establish    once the mount answers, in a thread (each step is a request to this very daemon): empty volumes are
-                 filled, mount points made in the union, and all bound one after the other, outer targets first
+    establish    once the mount answers: empty volumes are filled, mount points made in the union, and all bound one
+                 after the other, outer targets first
     take_down    before the union goes: the kernel's binds are undone in reverse
     close        at the very end: the store learns that the mount is gone
 
 What the kernel may do for this process it does (mode "kernel"); else the daemon serves the path (mode "fuse").
+
+Each step of establishing is a request to this very daemon, so a process of its own makes it, the *usher*. A thread of
+the daemon that waits for the daemon can't be killed: the kernel would have to end its request first, and does so when
+the device is closed, which the waiting thread keeps open. The usher is forked before there is a device, and ends with
+the daemon.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unionfs import control, sysio
 from unionfs.config import MountConfig
-from unionfs.errors import EnvironmentUnfit, LayerError
+from unionfs.errors import EnvironmentUnfit, LayerError, MountFailed, UnionError, from_exit_code
 from unionfs.kernelbind import Source, open_target
 from unionfs.mountinfo import mount_id_of, place_of, read_mounts
 from unionfs.volumespec import MountVolumes, VolumeSpec
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from unionfs.volumes import Acquired, Store
 
 log = logging.getLogger(__name__)
+
+_MESSAGE_BYTES = 1 << 16
 
 Attach = Callable[["BindPoint"], None]
 
@@ -73,6 +83,8 @@ class MountedVolumes:
         self._store: Store | None = None
         self._mount_id = 0
         self._binds: list[_Bind] = []
+        self._usher = 0
+        self._socket: socket.socket | None = None
 
     @property
     def needs_fuse(self) -> bool:
@@ -112,6 +124,22 @@ class MountedVolumes:
         )
         for one in sorted(acquired, key=lambda one: one.spec.target.count("/")):
             self._binds.append(self._open(one))
+        if self._binds:
+            self._fork_usher()
+
+    def _fork_usher(self) -> None:
+        """Start the process that will make the requests; nothing but this process may run in threads yet."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        self._usher = os.fork()
+        if self._usher == 0:
+            try:
+                sysio.die_with_parent()
+                if os.getppid() == parent:
+                    self._be_usher(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
 
     def _open(self, acquired: Acquired) -> _Bind:
         self._refuse_layers(acquired.path)
@@ -144,24 +172,85 @@ class MountedVolumes:
     # -- while it is mounted --
 
     def establish(self, attach: Attach) -> None:
-        """Bind every volume; `attach` hands one to the daemon's own loop. Runs in a thread, the mount must answer.
+        """Have every volume bound; `attach` hands one to the daemon's own loop. Runs in a thread of the daemon.
 
         Raises a UnionError; what was bound until then is taken down by the caller.
         """
-        if not self._binds:
+        if self._socket is None:
             return
+        self._socket.send(b"go")
+        try:
+            while message := self._socket.recv(_MESSAGE_BYTES):
+                word, number, value = json.loads(message)
+                if word == "error":
+                    raise from_exit_code(number, value)
+                bind = self._binds[number]
+                if word == "again":
+                    self._open_again(bind)
+                elif word == "bound":
+                    bind.mount_id = value
+                elif word == "attach":
+                    from unionfs.bind import BindPoint
+
+                    attach(BindPoint(self._components(value), bind.source.take_fd(), bind.spec.read_only))
+                    self._socket.send(b"done")
+                if word in ("bound", "attach"):
+                    bind.source.close()
+            if any(bind.source.fd >= 0 for bind in self._binds):
+                raise MountFailed(f"the volumes of {self._config.mountpoint} can't be bound: a process was killed")
+        finally:
+            self._end_usher()
+
+    def _end_usher(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            os.kill(self._usher, signal.SIGKILL)  # where it has done its work it is about to end
+            os.waitpid(self._usher, 0)
+
+    # -- in the usher --
+
+    def _be_usher(self, daemon: socket.socket) -> None:
+        """Wait until the mount answers, then bind. What isn't needed is closed, the daemon's pipes above all."""
+        logging.disable()
+        keep = {daemon.fileno(), *(fd for bind in self._binds for fd in (bind.source.fd, bind.source.tree))}
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in keep:
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+
+        def tell(word: str, number: int, value: object) -> None:
+            daemon.send(json.dumps([word, number, value]).encode())
+
+        if daemon.recv(_MESSAGE_BYTES) != b"go":
+            return
+        try:
+            self._bind_all(daemon, tell)
+        except UnionError as error:
+            tell("error", error.exit_code, str(error))
+        except BaseException as error:
+            tell("error", 1, f"internal error: {type(error).__name__}: {error}")
+
+    def _bind_all(self, daemon: socket.socket, tell: Callable[[str, int, object], None]) -> None:
         root_fd = os.open(self._config.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # First the content of the union, as long as no volume covers it.
             filled = {self._fill(root_fd, bind) for bind in self._binds if bind.acquired.fill}
-            for bind in self._binds:
+            for number, bind in enumerate(self._binds):
                 if bind.acquired.volume is not None and bind.acquired.volume.id in filled:
                     self._open_again(bind)
-                self._establish(root_fd, bind, attach)
+                    tell("again", number, None)
+                destination = self._establish(root_fd, bind)
+                if bind.kernel:
+                    tell("bound", number, bind.mount_id)
+                else:
+                    tell("attach", number, destination)
+                    daemon.recv(_MESSAGE_BYTES)
         finally:
             os.close(root_fd)
 
-    def _establish(self, root_fd: int, bind: _Bind, attach: Attach) -> None:
+    def _establish(self, root_fd: int, bind: _Bind) -> str:
+        """Make the mount point of a volume and, if the kernel serves it, bind it there; return its real path."""
         spec = bind.spec
         may_make = self._config.upper is not None and not self._config.read_only
         target_fd = open_target(root_fd, spec.target, is_dir=bind.source.is_dir, make=may_make or self._nested(spec))
@@ -180,11 +269,7 @@ class MountedVolumes:
             raise EnvironmentUnfit(f"can't bind {bind.acquired.path} on {spec.target}: {error.strerror}") from None
         finally:
             os.close(target_fd)
-        if not bind.kernel:
-            from unionfs.bind import BindPoint
-
-            attach(BindPoint(self._components(destination), bind.source.take_fd(), spec.read_only))
-        bind.source.close()
+        return destination
 
     def _nested(self, spec: VolumeSpec) -> bool:
         """Whether the target lies in another volume, which is a place of its own to make things in."""
@@ -236,6 +321,7 @@ class MountedVolumes:
 
     def close(self) -> None:
         """Let go of all that is still open, and tell the store that the mount is gone."""
+        self._end_usher()
         for bind in self._binds:
             bind.source.close()
         if self._store is not None:

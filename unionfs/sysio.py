@@ -16,6 +16,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ __all__ = [
     "clone_mount",
     "clone_tree",
     "copy_data",
+    "die_with_parent",
     "entry_path",
     "fd_path",
     "file_handle",
@@ -231,6 +233,17 @@ def unmount(path: bytes, *, detach: bool = False) -> None:
     """Unmount what is mounted on *path*, which is not followed if it is a symbolic link (``umount2(2)``)."""
     if _libc.umount2(path, _UMOUNT_NOFOLLOW | (_MNT_DETACH if detach else 0)) != 0:
         raise _fail(path)
+
+
+# -- processes --
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends (``prctl(2)``)."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise _fail()
 
 
 # -- metadata --
