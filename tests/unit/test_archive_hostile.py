@@ -501,8 +501,13 @@ def one_entry(draw: st.DrawFn, name: st.SearchStrategy[str] = names) -> bytes:
 
 
 archives = st.lists(one_entry(), max_size=8).map(lambda entries: b"".join(entries) + END)
+# The same archives each time: a change that breaks nothing must not meet somebody else's find.
 generated = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
