@@ -8,11 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from unionfs import native
+from unionfs import native, wire
 from unionfs.bind import BindDirHandle, BindNode, Binds, Watcher, is_bind
 from unionfs.direct import Answer, Direct
 from unionfs.dirops import Caller
@@ -22,15 +21,6 @@ from unionfs.union import DirHandle
 _PASSTHROUGH_NO_FLUSH: Final = 1 << 7 | 1 << 5
 _DT_DIR: Final = stat.S_IFDIR >> 12
 
-_open_in: Final = struct.Struct("=II").unpack_from
-_create_in: Final = struct.Struct("=IIII").unpack_from
-_u64: Final = struct.Struct("=Q").unpack_from
-_rename2_in: Final = struct.Struct("=QII").unpack_from
-_read_in: Final = struct.Struct("=QQI").unpack_from
-_forget_one: Final = struct.Struct("=QQ").iter_unpack
-_open_out: Final = struct.Struct("=QIi").pack
-_dirent: Final = struct.Struct("=QQII").pack
-_NO_ENTRY: Final = bytes(128)
 
 # SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, CREATE, RENAME2
 _MAY_CHANGE: Final = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 14, 35, 45))
@@ -149,12 +139,12 @@ class BindingDirect(Direct):
         """Take lookups off a node."""
         if not is_bind(node_id):
             return super().forget(node_id, uid, gid, pid, body)
-        self._binds.forget(node_id, _u64(body)[0])
+        self._binds.forget(node_id, wire.u64(body)[0])
         return 0
 
     def batch_forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Take lookups off many nodes."""
-        for forgotten, count in _forget_one(body[8:]):
+        for forgotten, count in wire.forget_one(body[8:]):
             if is_bind(forgotten):
                 self._binds.forget(forgotten, count)
             else:
@@ -167,7 +157,7 @@ class BindingDirect(Direct):
         """Create a directory."""
         if not is_bind(node_id):
             return super().mkdir(node_id, uid, gid, pid, body)
-        mode, umask = _open_in(body)
+        mode, umask = wire.open_in(body)
         parent = self._binds.directory(node_id)
         return self._reply(*self._binds.mkdir(parent, body[8:-1], mode, Caller(uid, gid, umask, pid)))
 
@@ -205,13 +195,13 @@ class BindingDirect(Direct):
             self._binds.close_file(fd)
             raise
         backing = native.take_backing(fd)
-        return _open_out(fd, _PASSTHROUGH_NO_FLUSH if backing else 0, backing)
+        return wire.open_out(fd, _PASSTHROUGH_NO_FLUSH if backing else 0, backing)
 
     def open(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Open a file."""
         if not is_bind(node_id):
             return super().open(node_id, uid, gid, pid, body)
-        flags, _ = _open_in(body)
+        flags, _ = wire.open_in(body)
         kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         node = self._binds.node(node_id)
         return self._bound(node, self._binds.open_file(node, flags, kill_for=kill), flags)
@@ -220,7 +210,7 @@ class BindingDirect(Direct):
         """Create a file and open it."""
         if not is_bind(node_id):
             return super().create(node_id, uid, gid, pid, body)
-        flags, mode, umask, _ = _create_in(body)
+        flags, mode, umask, _ = wire.create_in(body)
         who = Caller(uid, gid, umask, pid)
         kill = who if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         parent = self._binds.directory(node_id)
@@ -232,7 +222,7 @@ class BindingDirect(Direct):
         """Close an open file."""
         if not is_bind(node_id):
             return super().release(node_id, uid, gid, pid, body)
-        fh = _u64(body)[0]
+        fh = wire.u64(body)[0]
         node = self._binds.open_files.get(fh)
         if node is None:
             return None
@@ -249,13 +239,13 @@ class BindingDirect(Direct):
         self._serial += 1
         handle = self._serial << 1 | 1  # those of pyfuse3's way are even
         self._bind_dirs[handle] = BindDirHandle(self._binds.directory(node_id))
-        return _open_out(handle, 0, 0)
+        return wire.open_out(handle, 0, 0)
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
         if not is_bind(node_id):
             return super().releasedir(node_id, uid, gid, pid, body)
-        return None if self._bind_dirs.pop(_u64(body)[0], None) is None else 0
+        return None if self._bind_dirs.pop(wire.u64(body)[0], None) is None else 0
 
     def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """List a directory: names, numbers and types."""
@@ -267,10 +257,10 @@ class BindingDirect(Direct):
         """List a directory; attributes of a bind path's entries would be out of date at once, so there are none."""
         if not is_bind(node_id):
             return super().readdirplus(node_id, uid, gid, pid, body)
-        return self._list_bound(body, _NO_ENTRY)
+        return self._list_bound(body, wire.NO_ENTRY)
 
     def _list_bound(self, body: bytes, prefix: bytes) -> Answer:
-        fh, offset, size = _read_in(body)
+        fh, offset, size = wire.read_in(body)
         handle = self._bind_dirs.get(fh)
         if handle is None:
             return None
@@ -281,7 +271,7 @@ class BindingDirect(Direct):
         parts: list[bytes] = []
         for at in range(offset, len(entries) + 2):
             name, ino, kind = dots[at] if at < 2 else entries[at - 2]
-            packed = prefix + _bare(ino, at + 1, name, kind)
+            packed = prefix + wire.dirent(ino, at + 1, name, kind)
             size -= len(packed)
             if size < 0:
                 break
@@ -292,20 +282,14 @@ class BindingDirect(Direct):
         root = self._binds.points.get((handle.node.id, entry.name))
         if root is None:
             return super()._bare_entry(handle, entry, position, room)
-        packed = _bare(root.ino, position, entry.name, root.fmt >> 12)
+        packed = wire.dirent(root.ino, position, entry.name, root.fmt >> 12)
         return packed if len(packed) <= room else None
 
     def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
         root = self._binds.points.get((handle.node.id, entry.name))
         if root is None:
             return super()._full_entry(handle, entry, position, room)
-        packed = _bare(root.ino, position, entry.name, root.fmt >> 12)
-        if len(_NO_ENTRY) + len(packed) > room:
+        packed = wire.dirent(root.ino, position, entry.name, root.fmt >> 12)
+        if len(wire.NO_ENTRY) + len(packed) > room:
             return None
         return self._reply(root, self._binds.stat(root)) + packed
-
-
-def _bare(ino: int, position: int, name: bytes, kind: int) -> bytes:
-    """Pack ``struct fuse_dirent``."""
-    length = len(name)
-    return _dirent(ino, position, length, kind) + name + bytes(-length % 8)

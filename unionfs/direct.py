@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from unionfs import native
+from unionfs import native, wire
 from unionfs.copyup import DataCopyPending
 from unionfs.dirops import Caller
 from unionfs.handles import Handles
@@ -49,18 +49,8 @@ _NAME_MAX: Final = 255
 _DT_SHIFT: Final = 12
 
 _setattr_in: Final = struct.Struct("=IIQQQqqqIIIIIIII").unpack_from
-_open_in: Final = struct.Struct("=II").unpack_from
-_create_in: Final = struct.Struct("=IIII").unpack_from
 _mkdir_in: Final = struct.Struct("=II").unpack_from
-_u64: Final = struct.Struct("=Q").unpack_from
-_rename2_in: Final = struct.Struct("=QII").unpack_from
-_read_in: Final = struct.Struct("=QQI").unpack_from
-_forget_one: Final = struct.Struct("=QQ").iter_unpack
-_open_out: Final = struct.Struct("=QIi").pack
-_dirent: Final = struct.Struct("=QQII").pack
 _DIRENT_SIZE: Final = 24
-_ENTRY_SIZE: Final = 128
-_NO_ENTRY: Final = bytes(_ENTRY_SIZE)
 
 
 class Direct:
@@ -100,7 +90,7 @@ class Direct:
         self._closed = closed
         self._covered = covered
         self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
-        self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(_ENTRY_SIZE - 36)
+        self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
         self._serial = 0
         self._kept: set[int] = set()  # directories whose kept listing a reader uses
         native.answer_directly(self._handlers(), _failed)
@@ -175,7 +165,7 @@ class Direct:
         """Build ``struct fuse_open_out``."""
         backing = native.take_backing(fd)
         # The kernel refuses passthrough together with flags about a page cache that there is not.
-        return _open_out(fd, _PASSTHROUGH | _NO_FLUSH if backing else _KEEP_CACHE, backing)
+        return wire.open_out(fd, _PASSTHROUGH | _NO_FLUSH if backing else _KEEP_CACHE, backing)
 
     # -- names --
 
@@ -203,14 +193,14 @@ class Direct:
         if node is None:
             return None
         if node.parent is not None:
-            self._tree.forget(node, _u64(body)[0])
+            self._tree.forget(node, wire.u64(body)[0])
         return 0
 
     def batch_forget(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Take lookups off many nodes."""
         if self._covered:
             return None
-        for forgotten, count in _forget_one(body[8:]):
+        for forgotten, count in wire.forget_one(body[8:]):
             node = self._nodes.get(forgotten)
             if node is not None and node.parent is not None:
                 self._tree.forget(node, count)
@@ -278,11 +268,11 @@ class Direct:
 
     def rename(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Rename."""
-        return self._rename(node_id, _u64(body)[0], body[8:], 0)
+        return self._rename(node_id, wire.u64(body)[0], body[8:], 0)
 
     def rename2(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Rename with flags."""
-        new_id, flags, _ = _rename2_in(body)
+        new_id, flags, _ = wire.rename2_in(body)
         return self._rename(node_id, new_id, body[16:], flags)
 
     def _rename(self, old_id: int, new_id: int, names: bytes, flags: int) -> Answer:
@@ -336,7 +326,7 @@ class Direct:
         node = self._nodes.get(node_id)
         if node is None:
             return None
-        flags, _ = _open_in(body)
+        flags, _ = wire.open_in(body)
         kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         try:
             fd = self._union.open_file(node, flags, kill_for=kill)
@@ -354,7 +344,7 @@ class Direct:
 
     def create(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Create a file and open it."""
-        flags, mode, umask, _ = _create_in(body)
+        flags, mode, umask, _ = wire.create_in(body)
         name = body[16:-1]
         parent = self._directory(node_id, name)
         if parent is None:
@@ -372,7 +362,7 @@ class Direct:
 
     def release(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close an open file."""
-        fh = _u64(body)[0]
+        fh = wire.u64(body)[0]
         node = self._union.open_files.get(fh)
         if node is None:
             return None
@@ -401,14 +391,14 @@ class Direct:
         handle = self._serial << 1 | 1  # those of pyfuse3's way are even
         self._dir_handles[handle] = opened = DirHandle(node)
         if not keep or not self._timeout or node.id in self._kept:
-            return _open_out(handle, 0, 0)
+            return wire.open_out(handle, 0, 0)
         self._kept.add(node.id)
         opened.kept = True
-        return _open_out(handle, _KEEP_CACHE | _CACHE_DIR, 0)
+        return wire.open_out(handle, _KEEP_CACHE | _CACHE_DIR, 0)
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
-        handle = self._dir_handles.pop(_u64(body)[0], None)
+        handle = self._dir_handles.pop(wire.u64(body)[0], None)
         if handle is None:
             return None
         if handle.kept:
@@ -417,7 +407,7 @@ class Direct:
 
     def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Make a directory's entries durable."""
-        handle = self._dir_handles.get(_u64(body)[0])
+        handle = self._dir_handles.get(wire.u64(body)[0])
         if handle is None:
             return None
         fd = self._union.open_for_sync(handle.node)
@@ -433,17 +423,17 @@ class Direct:
 
     def _list(self, body: bytes, pack: Callable[[DirHandle, Entry, int, int], bytes | None]) -> Answer:
         """Fill an answer with entries; positions are 1 and 2 for the dots, then cookies."""
-        fh, offset, size = _read_in(body)
+        fh, offset, size = wire.read_in(body)
         handle = self._dir_handles.get(fh)
         if handle is None:
             return None
         parts: list[bytes] = []
         node = handle.node
-        prefix = _NO_ENTRY if pack == self._full_entry else b""
+        prefix = wire.NO_ENTRY if pack == self._full_entry else b""
         for position, name in ((1, b"."), (2, b"..")):
             if offset < position:
                 of = node if position == 1 or node.parent is None else node.parent
-                parts.append(prefix + _bare(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
+                parts.append(prefix + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
         for position, entry in self._union.read_entries(handle, offset):
             packed = pack(handle, entry, position, size)
@@ -465,34 +455,28 @@ class Direct:
                 return b""
             ino, kind = looked[0].ino, looked[0].fmt >> _DT_SHIFT
             self._tree.forget(looked[0], 0)
-        return _bare(ino, position, entry.name, kind)
+        return wire.dirent(ino, position, entry.name, kind)
 
     def _look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
         return self._union.look_at(handle, entry)
 
     def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
         """Pack an entry for READDIRPLUS and count its lookup; None where there is no room."""
-        if _ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
+        if wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
             return None
         if self._covered and (handle.node.id, entry.name) in self._covered:
-            return _NO_ENTRY + _bare(1 << 62, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
         try:
             looked = self._union.look_at(handle, entry)
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return _NO_ENTRY + _bare(1 << 62, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
         if looked is None:
             return b""  # gone since the listing was made
         node, st = looked
-        packed = self._entry(node, st) + _bare(node.ino, position, entry.name, node.fmt >> _DT_SHIFT)
+        packed = self._entry(node, st) + wire.dirent(node.ino, position, entry.name, node.fmt >> _DT_SHIFT)
         node.nlookup += 1
         return packed
-
-
-def _bare(ino: int, position: int, name: bytes, kind: int) -> bytes:
-    """Pack ``struct fuse_dirent``."""
-    length = len(name)
-    return _dirent(ino, position, length, kind) + name + bytes(-length % 8)
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:

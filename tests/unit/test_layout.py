@@ -16,8 +16,8 @@ PACKAGE = Path(unionfs.__file__).parent
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
     *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
-    *("native", "dispatch", "handles", "following", "direct", "bind_direct", "ops", "bind_ops", "mountinfo", "control"),
-    *("preflight", "kernelbind"),
+    *("native", "wire", "dispatch", "handles", "following", "direct", "bind_direct", "ops", "bind_ops"),
+    *("mountinfo", "control", "preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
     *("daemon", "unmount", "inspection", "mountfile", "doctor", "volume_cli", "cli", "__main__"),
