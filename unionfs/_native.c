@@ -667,6 +667,8 @@ struct owned {
 	double timeout;
 	/* Of the one descriptor that a node of a bind path keeps, see "names in bind paths"; zeros elsewhere. */
 	unsigned int bind; /* which bind path's it is, counted from 1 */
+	unsigned int handles; /* how many files are open */
+	bool root;
 	dev_t host_dev;
 	ino_t host_ino;
 	uint64_t lookups; /* answered here, not yet told to Python */
@@ -736,6 +738,18 @@ static int set_times(const struct owned *owned, const struct timespec times[2])
 	return owned->path_only ? utimensat(AT_FDCWD, path_of(owned->fd).text, times, 0) : futimens(owned->fd, times);
 }
 
+/*
+ * How long the kernel may keep attributes. Of a bind path's object that is not open: until the clock's next tick but one,
+ * the shortest time that there is. Every use of a path asks for its names, so what the same use needs of attributes is
+ * as fresh as that (unionfs/bind.py has the rest).
+ */
+static double attributes_last(const struct owned *owned)
+{
+	const double a_tick = 1e-6;
+
+	return owned->bind && !owned->timeout && !owned->handles && !owned->root ? a_tick : owned->timeout;
+}
+
 /* A write through a backing file may clear suid and sgid without a request: while one is set, the kernel must ask. */
 static void reply_attributes(fuse_req_t req, const struct owned *owned)
 {
@@ -748,7 +762,7 @@ static void reply_attributes(fuse_req_t req, const struct owned *owned)
 	st.st_ino = owned->ino;
 	if (owned->nlink)
 		st.st_nlink = owned->nlink;
-	fuse_reply_attr(req, &st, S_ISREG(st.st_mode) && st.st_mode & (S_ISUID | S_ISGID) ? 0 : owned->timeout);
+	fuse_reply_attr(req, &st, S_ISREG(st.st_mode) && st.st_mode & (S_ISUID | S_ISGID) ? 0 : attributes_last(owned));
 }
 
 static void wrap_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -1466,6 +1480,8 @@ static bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
 	child->lookups++;
 	entry.ino = child->node;
 	entry.attr.st_ino = child->ino;
+	entry.entry_timeout = child->timeout;
+	entry.attr_timeout = attributes_last(child);
 	{
 		struct fuse_entry_out out = raw_entry(&entry);
 
@@ -1478,10 +1494,12 @@ static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, ino, dev, host_ino;
 	struct owned *owned;
-	unsigned int bind;
-	int fd, settable;
+	unsigned int bind, handles;
+	int fd, settable, root;
+	double timeout;
 
-	if (!PyArg_ParseTuple(args, "KiKKKIp", &node, &fd, &ino, &dev, &host_ino, &bind, &settable))
+	if (!PyArg_ParseTuple(args, "KiKKKIdIpp", &node, &fd, &ino, &dev, &host_ino, &bind, &timeout, &handles, &settable,
+			      &root))
 		return NULL;
 	owned = malloc(sizeof(*owned));
 	if (!owned)
@@ -1493,11 +1511,35 @@ static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
 		.fd = fd,
 		.path_only = true,
 		.settable = settable,
+		.timeout = timeout,
 		.bind = bind,
+		.handles = handles,
+		.root = root,
 		.host_dev = dev,
 		.host_ino = host_ino,
 	};
 	*bucket(node) = owned;
+	Py_RETURN_NONE;
+}
+
+/*
+ * A handle shows what the host changes at once, and asks for no name: its file's attributes must not be kept. What was
+ * said of them before is taken back. (Only attributes: takes no lock that a request holds.)
+ */
+static PyObject *py_count_handles(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long node;
+	unsigned int handles;
+	struct owned *owned;
+
+	if (!PyArg_ParseTuple(args, "KI", &node, &handles))
+		return NULL;
+	owned = find_bound(node);
+	if (owned) {
+		if (!owned->handles && handles && !owned->timeout && session)
+			fuse_lowlevel_notify_inval_inode(session, node, -1, 0);
+		owned->handles = handles;
+	}
 	Py_RETURN_NONE;
 }
 
@@ -2035,7 +2077,9 @@ static PyMethodDef methods[] = {
 	{"own", py_own, METH_VARARGS, "(node, fd, st_ino, timeout, nlink): serve the node's attributes from fd."},
 	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
 	{"own_bound", py_own_bound, METH_VARARGS,
-	 "(node, fd, st_ino, st_dev, st_ino on the host, bind path, settable): the descriptor of a node of a bind path."},
+	 "(node, fd, st_ino, st_dev, st_ino on the host, bind path, timeout, handles, settable, root): "
+	 "the descriptor of a node of a bind path."},
+	{"count_handles", py_count_handles, METH_VARARGS, "(node, number): how many files of a bind path's node are open."},
 	{"take_lookups", py_take_lookups, METH_O, "How many lookups of the node were answered since the last call."},
 	{"know_name", py_know_name, METH_VARARGS, "(parent, name, node): what was seen there."},
 	{"forget_name", py_forget_name, METH_VARARGS, "(parent, name)"},

@@ -14,6 +14,13 @@ on which the kernel looks the name up again.
 All is synchronous, for one thread; what fails raises plain :class:`OSError`. `Binds.node` is where descriptors may be
 closed, so call it for all nodes of an operation before the operation itself.
 
+How long the kernel keeps what it was told: names not at all, so each use of a path asks for each name of it. Attributes
+are kept until the clock's next tick but one, the least that can be said, so that the use of a path that asked for a
+name needn't ask for its attributes too. Of an open file they are not kept: a handle shows the host's changes at once
+and asks for no name; neither are a root's, whose name is kept. So only what is reached without name and handle (a
+working directory, a directory's descriptor, O_PATH) can show attributes that are some milliseconds old. With the option
+`cached` names and attributes are kept for a second.
+
 A way that leads back into the union's own mount (a source that holds its mount point) ends in ELOOP. It is known by its
 path; a bind mount of the union elsewhere, below a source, is not and would hang.
 
@@ -55,31 +62,38 @@ _OPEN_KEEPS: Final = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_N
 _CREATE_KEEPS: Final = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
 _EVICTIONS: Final = 64
 
+CACHED_SECONDS: Final = 1.0
+"""How late the host's changes of names and attributes may be seen in a bind path with the option `cached`."""
+
+_A_TICK: Final = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class BindPoint:
     """One path to attach.
 
     `target`: names from the union's root, free of symbolic links. `fd`: a descriptor of the source, ``O_PATH`` or
-    readable; whoever attaches takes it over.
+    readable; whoever attaches takes it over. `cached`: whether the host's changes may be seen a little late.
     """
 
     target: tuple[bytes, ...]
     fd: int
     read_only: bool = False
+    cached: bool = False
 
 
 class Bind:
     """One attached path."""
 
-    __slots__ = ("by_key", "number", "parent_ino", "read_only", "root")
+    __slots__ = ("by_key", "number", "parent_ino", "read_only", "root", "timeout")
 
-    def __init__(self, number: int, *, read_only: bool, parent_ino: int) -> None:
+    def __init__(self, number: int, *, read_only: bool, cached: bool, parent_ino: int) -> None:
         self.number = number  # from 1 on
         self.read_only = read_only
+        self.timeout = CACHED_SECONDS if cached else 0.0  # how long the kernel may keep names and attributes
         self.parent_ino = parent_ino  # the st_ino of its root's `..`
         self.by_key: dict[tuple[int, int], BindNode] = {}
-        self.root: BindNode
+        self.root: BindNode  # the first one of `by_key`
 
 
 class BindNode:
@@ -154,6 +168,9 @@ class Watcher:
     def unnamed(self, parent: BindNode, name: bytes) -> None:
         """What was seen at a name is not there any more."""
 
+    def handles(self, node: BindNode) -> None:
+        """A file of a node was opened or closed."""
+
     def lookups(self, node: BindNode) -> int:
         """Return how many lookups of the node were answered past `Binds` since the last call."""
         return 0
@@ -195,7 +212,9 @@ class Binds:
 
     # -- attaching --
 
-    def attach(self, parent_id: int, parent_ino: int, name: bytes, fd: int, *, read_only: bool) -> BindNode:
+    def attach(
+        self, parent_id: int, parent_ino: int, name: bytes, fd: int, *, read_only: bool, cached: bool = False
+    ) -> BindNode:
         """Attach what *fd* refers to at a point, and take *fd* over; return the root. EBUSY where one is attached."""
         try:
             if (parent_id, name) in self.points:
@@ -205,9 +224,8 @@ class Binds:
             os.close(fd)
         self._watcher.reserved(name)
         self._attached += 1
-        bind = Bind(self._attached, read_only=read_only, parent_ino=parent_ino)
+        bind = Bind(self._attached, read_only=read_only, cached=cached, parent_ino=parent_ino)
         root, _ = self._adopt(bind, own)
-        bind.root = root
         root.nlookup = 1  # never forgotten
         self.points[parent_id, name] = root
         self.parents.add(parent_id)
@@ -353,6 +371,8 @@ class Binds:
             raise
         if node is None:
             node = BindNode(self._free_id(st.st_ino), bind, key, self._map_ino(*key), stat.S_IFMT(st.st_mode))
+            if not bind.by_key:
+                bind.root = node
             bind.by_key[key] = self.nodes[node.id] = node
         if node.fd < 0:
             self._keep(node, fd)
@@ -434,6 +454,11 @@ class Binds:
         self._named(node, parent, name)
         return node, st
 
+    def attributes_last(self, node: BindNode) -> float:
+        """Return for how many seconds the kernel may keep a node's attributes (see the head of the module)."""
+        bind = node.bind
+        return _A_TICK if not (bind.timeout or node.handles or node is bind.root) else bind.timeout
+
     def stat(self, node: BindNode) -> os.stat_result:
         """Return the object's attributes."""
         return os.fstat(self.fd(node))
@@ -502,11 +527,13 @@ class Binds:
     def _opened(self, node: BindNode, fd: int) -> None:
         self.open_files[fd] = node
         node.handles.append(fd)
+        self._watcher.handles(node)
 
     def close_file(self, fd: int) -> BindNode:
         """Close an open file; return its node."""
         node = self.open_files.pop(fd)
         node.handles.remove(fd)
+        self._watcher.handles(node)
         if node.fd < 0 and not node.handles:
             node.proof = _file_handle(fd)
         os.close(fd)

@@ -34,7 +34,13 @@ class NativeWatcher(Watcher):
 
     def opened(self, node: BindNode) -> None:
         settable = not node.bind.read_only and node.fmt != stat.S_IFLNK
-        native.own_bound(node.id, node.fd, node.ino, node.key, node.bind.number, settable=settable)
+        native.own_bound(
+            *(node.id, node.fd, node.ino, node.key, node.bind.number),
+            timeout=node.bind.timeout,
+            handles=len(node.handles),
+            settable=settable,
+            root=node is node.bind.root,
+        )
 
     def closing(self, node: BindNode) -> None:
         native.disown_attributes(node.id, node.fd)
@@ -44,6 +50,9 @@ class NativeWatcher(Watcher):
 
     def unnamed(self, parent: BindNode, name: bytes) -> None:
         native.forget_name(parent.id, name)
+
+    def handles(self, node: BindNode) -> None:
+        native.count_handles(node.id, len(node.handles))
 
     def lookups(self, node: BindNode) -> int:
         return native.take_lookups(node.id)
@@ -69,7 +78,7 @@ class BindHandles:
                 os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
             self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd))
         if not node.bind.read_only:
-            native.own_attributes(node.id, fd, node.ino, 0.0)
+            native.own_attributes(node.id, fd, node.ino, node.bind.timeout)
 
     @staticmethod
     def _may_pass(node: BindNode, fd: int) -> bool:
@@ -119,8 +128,8 @@ class BindingDirect(Direct):
     def _reply(self, node: BindNode, st: os.stat_result) -> bytes:
         """Build the answer for a name, and count the lookup."""
         node.nlookup += 1
-        timeout = self._timeout if node is node.bind.root else 0.0
-        return native.pack_entry(node.id, node.ino, timeout, 0.0, -1, -1, st)
+        timeout = self._timeout if node is node.bind.root else node.bind.timeout
+        return native.pack_entry(node.id, node.ino, timeout, self._binds.attributes_last(node), -1, -1, st)
 
     # -- names --
 

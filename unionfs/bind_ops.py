@@ -5,8 +5,9 @@ attached needs a look at the table of points.
 
 What keeps the host's changes visible at once:
 
-- Entries and attributes of bind paths have timeouts of 0, and what is absent is not remembered: every use of a path
-  asks for each of its names. The entry of a bind path's own root may be kept; nobody but us can change it.
+- Entries of bind paths have timeouts of 0, and what is absent is not remembered: every use of a path asks for each of
+  its names. The entry of a bind path's own root may be kept; nobody but us can change it. Attributes are good for the
+  use of a path that asked for the name (bind.py has the rules). The option `cached` gives up on "at once".
 - The answers cost little: the native layer gives those to GETATTR, on each node's ``O_PATH`` descriptor, and the
   frequent other requests don't go through pyfuse3 (bind_direct.py).
 - Pages: with passthrough the kernel uses the host's own. Else it is asked to drop its own when it learns of another
@@ -107,7 +108,9 @@ class BindingOperations(UnionOperations):
             os.close(point.fd)
             raise
         name = point.target[-1]
-        self._binds.attach(parent.id, self._shown(parent), name, point.fd, read_only=point.read_only)
+        self._binds.attach(
+            *(parent.id, self._shown(parent), name, point.fd), read_only=point.read_only, cached=point.cached
+        )
         if isinstance(parent, BindNode):
             self._binds.hold(parent)
         else:
@@ -146,7 +149,7 @@ class BindingOperations(UnionOperations):
     def _bound_attributes(self, node: BindNode, st: os.stat_result) -> EntryAttributes:
         attr = EntryAttributes()
         attr.st_ino = self._shown(node)
-        attr.entry_timeout = attr.attr_timeout = 0
+        attr.entry_timeout = attr.attr_timeout = node.bind.timeout
         attr.st_mode = st.st_mode
         attr.st_nlink = st.st_nlink
         attr.st_uid = st.st_uid

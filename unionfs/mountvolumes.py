@@ -192,7 +192,8 @@ class MountedVolumes:
                 elif word == "attach":
                     from unionfs.bind import BindPoint
 
-                    attach(BindPoint(self._components(value), bind.source.take_fd(), bind.spec.read_only))
+                    target, spec = self._components(value), bind.spec
+                    attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
                     self._socket.send(b"done")
                 if word in ("bound", "attach"):
                     bind.source.close()

@@ -189,7 +189,18 @@ def disown_attributes(node: int, fd: int = -1) -> None:
         _module.disown(node, fd)
 
 
-def own_bound(node: int, fd: int, ino: int, key: tuple[int, int], bind: int, *, settable: bool) -> None:
+def own_bound(
+    node: int,
+    fd: int,
+    ino: int,
+    key: tuple[int, int],
+    bind: int,
+    *,
+    timeout: float,
+    handles: int,
+    settable: bool,
+    root: bool,
+) -> None:
     """Serve a bind path's node on `fd`: GETATTR, SETATTR, GETXATTR, and LOOKUPs that lead to it or start there.
 
     It lasts until `disown_attributes`, which must come before `fd` is closed, and `take_lookups` before that.
@@ -200,10 +211,19 @@ def own_bound(node: int, fd: int, ino: int, key: tuple[int, int], bind: int, *, 
         ino: the st_ino to show.
         key: its (st_dev, st_ino) on the host.
         bind: which bind path's it is, counted from 1; names of one never lead to nodes of another.
+        timeout: how long the kernel may keep its name and attributes, in seconds.
+        handles: how many files are open: then a timeout of 0 is exact.
         settable: whether attributes may be set.
+        root: whether it is the bind path's own root, whose name the kernel keeps.
     """
     if _module is not None:
-        _module.own_bound(node, fd, ino, *key, bind, settable)
+        _module.own_bound(node, fd, ino, *key, bind, timeout, handles, settable, root)
+
+
+def count_handles(node: int, handles: int) -> None:
+    """Say how many files of a bind path's node are open now."""
+    if _module is not None:
+        _module.count_handles(node, handles)
 
 
 def take_lookups(node: int) -> int:

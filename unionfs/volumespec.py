@@ -25,8 +25,11 @@ BindMode = Literal["auto", "kernel", "fuse"]
 VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
 
-# What Docker takes and what has no meaning here: SELinux labels, and hints for file sharing with a virtual machine.
-_WITHOUT_EFFECT = frozenset({"z", "Z", "consistent", "cached", "delegated"})
+_WITHOUT_EFFECT = frozenset({"z", "Z"})
+"""What Docker takes and what has no meaning here: SELinux labels."""
+
+CONSISTENCIES = {"consistent": False, "default": False, "cached": True, "delegated": True}
+"""Docker's words for how soon each side sees the other's changes, and which of them allow a delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class VolumeSpec:
 
     `source` is an absolute host path (kind bind), the name of a volume, or "" for an anonymous one. `target` is an
     absolute path in the union, normalized, never "/". `create` makes a host directory that is missing. `nocopy`
-    keeps an empty volume from being filled with what the union has at the target.
+    keeps an empty volume from being filled with what the union has at the target. `cached` lets names and attributes
+    that the host changes be seen up to a second late, where the daemon serves the volume.
     """
 
     kind: Kind
@@ -46,6 +50,7 @@ class VolumeSpec:
     create: bool = False
     recursive: bool = True
     propagation: str = "rprivate"
+    cached: bool = False
 
     def __str__(self) -> str:
         return f"{self.source}:{self.target}" if self.source else self.target
@@ -109,9 +114,12 @@ def _apply_short(spec: dict[str, Any], option: str, text: str) -> None:
         spec["nocopy"] = True
     elif option in PROPAGATIONS:
         spec["propagation"] = option
+    elif option in CONSISTENCIES:
+        spec["cached"] = CONSISTENCIES[option]
     elif option not in _WITHOUT_EFFECT:
         raise UsageError(
-            f"-v {text}: unknown option {option!r}: use ro, rw, nocopy or one of {', '.join(PROPAGATIONS)}"
+            f"-v {text}: unknown option {option!r}: use ro, rw, nocopy, cached, consistent or one of "
+            f"{', '.join(PROPAGATIONS)}"
         )
 
 
@@ -142,11 +150,12 @@ _LONG_NAMES = {
     "volume-nocopy": "nocopy",
     "bind-propagation": "propagation",
     "bind-nonrecursive": "nonrecursive",
+    "consistency": "consistency",
 }
 
 
 def from_fields(fields: Mapping[str, object], where: str, *, create: bool = False) -> VolumeSpec:
-    """Build a volume from named fields: type, source, target, readonly, nocopy, propagation, nonrecursive.
+    """Build a volume from named fields: type, source, target, readonly, nocopy, propagation, nonrecursive, consistency.
 
     `where` begins the message of a UsageError; `create` is for a bind whose source may be missing.
     """
@@ -172,6 +181,9 @@ def from_fields(fields: Mapping[str, object], where: str, *, create: bool = Fals
     propagation = fields.get("propagation", "rprivate")
     if propagation not in PROPAGATIONS:
         raise UsageError(f"{where}: bind-propagation={propagation}: use one of {', '.join(PROPAGATIONS)}")
+    consistency = fields.get("consistency", "default")
+    if consistency not in CONSISTENCIES:
+        raise UsageError(f"{where}: consistency={consistency}: use one of {', '.join(CONSISTENCIES)}")
     nocopy = _truth(fields, "nocopy", where)
     if nocopy and kind == "bind":
         raise UsageError(f"{where}: nocopy is for volumes, {source} is a host path")
@@ -184,6 +196,7 @@ def from_fields(fields: Mapping[str, object], where: str, *, create: bool = Fals
         create=create or _truth(fields, "create", where),
         recursive=not _truth(fields, "nonrecursive", where),
         propagation=str(propagation),
+        cached=CONSISTENCIES[str(consistency)],
     )
 
 

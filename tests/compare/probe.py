@@ -3,6 +3,7 @@
 probe.py stat PATH N       N times stat: with caches off a lookup and a getattr request each
 probe.py fstat PATH N      N times fstat of an open file: a getattr request each
 probe.py sqlite PATH N     N commits of one row to a new database
+probe.py append TREE       one byte appended to each file
 """
 
 from __future__ import annotations
@@ -43,6 +44,17 @@ def sqlite(path: str, count: str) -> float:
     return time.perf_counter() - start
 
 
+def append(tree: str) -> float:
+    """Seconds of appending a byte to each file below `tree`."""
+    files = [os.path.join(directory, name) for directory, _, names in os.walk(tree) for name in names]
+    start = time.perf_counter()
+    for file in files:
+        if not os.path.islink(file):
+            with open(file, "ab", buffering=0) as opened:
+                opened.write(b"x")
+    return time.perf_counter() - start
+
+
 if __name__ == "__main__":
     program, *arguments = sys.argv[1:]
-    print({"stat": stat, "fstat": fstat, "sqlite": sqlite}[program](*arguments))
+    print({"stat": stat, "fstat": fstat, "sqlite": sqlite, "append": append}[program](*arguments))

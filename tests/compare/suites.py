@@ -45,7 +45,10 @@ SUITES = (
         "Volumes",
         PLACES,
         volume_workloads,
-        (("bind-kernel", "host"), ("bind-fuse", "host"), ("bind-fuse", "upper"), ("bind-fuse", "copy-up")),
+        (
+            *(("bind-kernel", "host"), ("bind-fuse", "upper"), ("bind-fuse", "copy-up")),
+            *(("bind-cached", "upper"), ("bind-cached", "copy-up")),
+        ),
     ),
 )
 

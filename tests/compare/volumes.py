@@ -12,10 +12,10 @@ from pathlib import Path
 from tests.compare.processes import Failed, last_line, run
 from tests.compare.stage import Site, Sizes
 from tests.compare.subjects import Ours, Subject
-from tests.compare.workloads import Goal, Script, Workload, fio, fio_seconds
+from tests.compare.workloads import PROBE, Goal, Script, Workload, fio, fio_seconds, last_number
 
-READ: Goal = {("bind-kernel", "host"): 1.0, ("bind-fuse", "upper"): 1.0}
-WRITE: Goal = {**READ, ("bind-fuse", "copy-up"): 0.5}
+NEW: Goal = {("bind-kernel", "host"): 1.0, ("bind-fuse", "upper"): 1.0, ("bind-cached", "upper"): 1.0}
+CHANGE: Goal = {**NEW, ("bind-fuse", "copy-up"): 0.5, ("bind-cached", "copy-up"): 0.5}
 
 
 class Host(Subject):
@@ -67,11 +67,14 @@ class BindKernel(Ours):
     """Volumes: a host directory bound into the union by the kernel."""
 
     kind = "bind-kernel"
+    mode = "kernel"
+    consistency = "consistent"
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
-        command, mode = super().command(site, options), self.kind.removeprefix("bind-")
+        command = super().command(site, options)
         after = command.index("mount") + 1
-        return [*command[:after], "--bind-mode", mode, "-v", f"{site.base / 'host'}:/bound", *command[after:]]
+        bind = ("--bind-mode", self.mode, "-v", f"{site.base / 'host'}:/bound:{self.consistency}")
+        return [*command[:after], *bind, *command[after:]]
 
     def mount(self, site: Site, more: Sequence[str] = ()) -> None:
         (site.base / "host").mkdir()
@@ -92,9 +95,17 @@ class BindFuse(BindKernel):
     """Volumes: a host directory in the union, served by the daemon."""
 
     kind = "bind-fuse"
+    mode = "fuse"
 
 
-PLACES: tuple[type[Subject], ...] = (Host, BindKernel, BindFuse, InUpper, CopyUp)
+class BindCached(BindFuse):
+    """Volumes: the same, and the kernel may keep names and attributes for a second."""
+
+    kind = "bind-cached"
+    consistency = "cached"
+
+
+PLACES: tuple[type[Subject], ...] = (Host, BindKernel, BindFuse, BindCached, InUpper, CopyUp)
 
 
 def volume_workloads(sizes: Sizes) -> list[Workload]:
@@ -103,6 +114,7 @@ def volume_workloads(sizes: Sizes) -> list[Workload]:
     size = f"--size={sizes.random_mib}m"
     whole = f"test $(stat -c %s data) -eq {sizes.random_mib << 20}"
     tree = "test -e tree || { mkdir tree && tar -x -f $SOURCE/tree.tar -C tree; }"
+    files = f"test $(find tree -type f | wc -l) -eq {sizes.tree_files}"
 
     # fio doesn't count the time of its open, but that is when a file may be copied up: the script opens it first.
     opening = "start=$(date +%s%N); : >>data; end=$(date +%s%N); echo $((end - start)); "
@@ -113,24 +125,40 @@ def volume_workloads(sizes: Sizes) -> list[Workload]:
             goal=goal,
             needs=("fio",),
             prepare=f"{data}\ncat data >/dev/null",
-            script=("" if goal is READ else opening) + fio("data", pattern, size, *more),
-            parse=fio_seconds if goal is READ else _opening_seconds,
+            script=("" if goal is NEW else opening) + fio("data", pattern, size, *more),
+            parse=fio_seconds if goal is NEW else _opening_seconds,
             check=whole,
         )
 
     return [
-        by_fio("volume-read", "volume: sequential read", "read", READ, "--bs=1M", "--loops=4"),
-        by_fio("volume-randread", "volume: random read 4k", "randread", READ, f"--io_size={sizes.random_reads * 4}k"),
-        by_fio("volume-write", "volume: sequential write", "write", WRITE, "--bs=1M"),
+        by_fio("volume-read", "volume: sequential read", "read", NEW, "--bs=1M", "--loops=4"),
+        by_fio("volume-randread", "volume: random read 4k", "randread", NEW, f"--io_size={sizes.random_reads * 4}k"),
+        by_fio("volume-write", "volume: sequential write", "write", CHANGE, "--bs=1M"),
         by_fio(
-            "volume-randwrite", "volume: random write 4k", "randwrite", WRITE, f"--io_size={sizes.random_writes * 4}k"
+            "volume-randwrite", "volume: random write 4k", "randwrite", CHANGE, f"--io_size={sizes.random_writes * 4}k"
         ),
         Script(
-            *("volume-tar", "volume: tar x", "volumes", ("volume", "archive")),
-            goal=WRITE,
+            *("volume-tar", "volume: tar x", "volumes", ("archive",)),
+            goal=NEW,
+            not_on=(CopyUp.kind,),
+            prepare="mkdir tree",
+            script="tar -x -f $SOURCE/tree.tar -C tree",
+            check=files,
+        ),
+        Script(
+            *("volume-tar-over", "volume: tar x over the same files", "volumes", ("volume", "archive")),
+            goal=CHANGE,
             prepare=tree,
             script="tar -x --overwrite -f $SOURCE/tree.tar -C tree",
-            check=f"test $(find tree -type f | wc -l) -eq {sizes.tree_files}",
+            check=files,
+        ),
+        Script(
+            *("volume-append", "volume: append to each file", "volumes", ("volume", "archive")),
+            goal=CHANGE,
+            prepare=tree,
+            script=f"$PYTHON -I {PROBE} append tree",
+            parse=last_number,
+            check=files,
         ),
     ]
 

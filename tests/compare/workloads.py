@@ -75,6 +75,7 @@ class Workload:
         limit: largest value of ours that is wanted, in the unit.
         unit: of the result: `s` seconds, `B` bytes.
         full: whether it takes so long that only --full or its name selects it.
+        not_on: kinds of subject on which it makes no sense.
     """
 
     name: str
@@ -89,10 +90,11 @@ class Workload:
     full: bool = False
     needs: tuple[str, ...] = ()
     """Programs that must be installed."""
+    not_on: tuple[str, ...] = ()
 
     def applies(self, subject: Subject) -> bool:
         """Whether it makes sense for `subject`."""
-        return True
+        return subject.kind not in self.not_on
 
     def missing(self) -> str:
         """The reason why it can't be run on this machine; empty if it can."""

@@ -99,11 +99,11 @@ def test_volumes_on_a_file_system_of_its_own(ground: Path, room: Path) -> None:
     words = ("--quick", "--only", "volume-tar", "--dir", room, "--fs", "ext4", "--json", ground / "result.json")
     said = compare(*words, "--markdown")
     assert said.status == 0, said.err
-    assert said.out.startswith("| workload | host | bind-kernel | bind-fuse | upper | copy-up |")
+    assert said.out.startswith("| workload | host | bind-kernel | bind-fuse | bind-cached | upper |")
     whole = json.loads((ground / "result.json").read_text())
     [each] = measurements(whole).values()
     assert each["fails"] == {}
-    assert set(each["medians"]) == {"host", "bind-kernel", "bind-fuse", "upper", "copy-up"}
+    assert set(each["medians"]) == {"host", "bind-kernel", "bind-fuse", "bind-cached", "upper"}
     assert whole["machine"]["file_system"] == "ext4"
     assert os.listdir(room) == []
 

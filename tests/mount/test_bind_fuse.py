@@ -139,6 +139,50 @@ def test_attributes_of_the_host_are_seen_at_once(bound: Stack) -> None:
     assert inside.stat().st_nlink == 2
 
 
+def test_an_open_file_shows_attributes_of_the_host_at_once(bound: Stack) -> None:
+    """What a lookup said just before the open must not be kept, and nothing that is said while it is open."""
+    host, inside = bound.below / "f", bound.inside / "f"
+    host.write_bytes(b"")
+    for size in range(1, 200):
+        assert inside.stat().st_size == size - 1
+        fd = os.open(inside, os.O_RDONLY)
+        os.truncate(host, size)
+        assert os.fstat(fd).st_size == size
+        os.chmod(host, 0o600 + size % 8)
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600 + size % 8 == stat.S_IMODE(inside.stat().st_mode)
+        os.close(fd)
+
+
+def test_cached_takes_a_second_at_most(make_stack: StackMaker) -> None:
+    """With Docker's option `cached` the kernel keeps names and attributes, so it asks for less, and forgets in time."""
+    stack = make_stack("union")
+    host = stack.base / "host"
+    host.mkdir()
+    (host / "f").write_bytes(b"old")
+    merged = mount_with(stack, f"{host}:/cached:cached", f"{host}:/consistent:consistent")
+    cached, consistent = merged / "cached", merged / "consistent"
+    assert (cached / "f").stat().st_size == (consistent / "f").stat().st_size == 3
+    (host / "f").rename(host / "g")
+    (host / "g").write_bytes(b"longer")
+    assert not (consistent / "f").exists()
+    assert (consistent / "g").stat().st_size == (cached / "g").stat().st_size == 6
+    deadline = time.monotonic() + 10
+    while (cached / "f").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # What is done inside is seen inside, at once.
+    (cached / "new").write_bytes(b"1")
+    with open(cached / "new", "ab") as file:
+        file.write(b"23")
+        file.flush()
+        assert (cached / "new").stat().st_size == os.fstat(file.fileno()).st_size == 3
+    (cached / "new").rename(cached / "newer")
+    assert sorted(os.listdir(cached)) == ["g", "newer"]
+    (cached / "newer").unlink()
+    assert not (cached / "newer").exists()
+    assert os.listdir(host) == ["g"]
+
+
 def test_a_file_in_a_tight_loop(bound: Stack) -> None:
     """Content, size, mode, and who is at the name, each looked at right after the host's change, by path and descriptor."""
     host, inside = bound.below / "d/f", bound.inside / "d/f"

@@ -26,6 +26,9 @@ GOOD = {
     "/srv/data:/data:rw,z": VolumeSpec("bind", "/srv/data", "/data", create=True),
     "/srv/data:/data:rslave": VolumeSpec("bind", "/srv/data", "/data", create=True, propagation="rslave"),
     r"/a\:b:/c": VolumeSpec("bind", "/a:b", "/c", create=True),
+    "/srv/data:/data:cached": VolumeSpec("bind", "/srv/data", "/data", create=True, cached=True),
+    "/srv/data:/data:ro,delegated": VolumeSpec("bind", "/srv/data", "/data", read_only=True, create=True, cached=True),
+    "/srv/data:/data:cached,consistent": VolumeSpec("bind", "/srv/data", "/data", create=True),
     "cache:/var/cache": VolumeSpec("volume", "cache", "/var/cache"),
     "cache:/var/cache:nocopy,ro": VolumeSpec("volume", "cache", "/var/cache", read_only=True, nocopy=True),
     "//srv:/data": VolumeSpec("bind", "/srv", "/data", create=True),
@@ -69,6 +72,8 @@ LONG = {
         "bind", "/a", "/b", read_only=True, propagation="shared"
     ),
     "type=bind,src=/a,dst=/b,bind-nonrecursive=true": VolumeSpec("bind", "/a", "/b", recursive=False),
+    "type=bind,src=/a,dst=/b,consistency=cached": VolumeSpec("bind", "/a", "/b", cached=True),
+    "type=bind,src=/a,dst=/b,consistency=default": VolumeSpec("bind", "/a", "/b"),
     "source=cache,target=/c": VolumeSpec("volume", "cache", "/c"),
     "type=volume,target=/c": VolumeSpec("volume", "", "/c"),
     "type=volume,src=cache,dst=/c,volume-nocopy,readonly=false": VolumeSpec("volume", "cache", "/c", nocopy=True),
@@ -87,6 +92,7 @@ LONG_BAD = {
     "type=bind,source=/a,target=b": "absolute path",
     "type=bind,source=/a,target=/b,readonly=maybe": "use true or false",
     "type=bind,source=/a,target=/b,bind-propagation=x": "use one of",
+    "type=bind,source=/a,target=/b,consistency=soon": "use one of consistent, default, cached, delegated",
     "type=bind,source=/a,target=/b,volume-nocopy": "nocopy is for volumes",
 }
 
