@@ -652,18 +652,19 @@ static void serve_flush(fuse_req_t req, fuse_ino_t ino UNUSED, struct fuse_file_
 /* ------------------------------------------------------------------ attributes of what is open in upper */
 
 /*
- * Python says of a node that its attributes are those of an open descriptor's file, apart from st_ino and perhaps
- * st_nlink: something in upper about which the union has nothing to decide. GETATTR, SETATTR, FSYNC and the xattrs that
- * the kernel itself asks for (ACL, capability) are then served here. A node may have several such descriptors.
+ * Python says of a node that its attributes are those of an open descriptor's file, apart from st_ino: something in
+ * upper about which the union has nothing to decide. GETATTR, SETATTR, FSYNC and the xattrs that the kernel itself asks
+ * for (ACL, capability) are then served here; of a directory also the LOOKUP of a name that isn't there, which comes
+ * before each creation. A node may have several such descriptors.
  */
 struct owned {
 	struct owned *next;
 	fuse_ino_t node;
 	ino_t ino; /* the st_ino to show */
-	nlink_t nlink; /* the st_nlink to show; 0: the file's */
 	int fd;
 	bool path_only; /* O_PATH */
 	bool settable; /* path_only: whether SETATTR is served all the same */
+	bool upper_dir; /* a directory that upper alone makes up: what is absent there is absent in the union */
 	double timeout;
 	/* Of the one descriptor that a node of a bind path keeps, see "names in bind paths"; zeros elsewhere. */
 	unsigned int bind; /* which bind path's it is, counted from 1 */
@@ -695,7 +696,7 @@ static struct owned *find_owned(fuse_ino_t node)
 /* Names that mean the same in the union and on disk. */
 static bool can_get(const struct owned *owned, const char *name)
 {
-	if (!owned || (owned->path_only && !owned->bind))
+	if (!owned || (owned->path_only && !owned->bind && !owned->upper_dir))
 		return false;
 	return !strcmp(name, "security.capability") || !strcmp(name, "system.posix_acl_access");
 }
@@ -760,8 +761,6 @@ static void reply_attributes(fuse_req_t req, const struct owned *owned)
 		return;
 	}
 	st.st_ino = owned->ino;
-	if (owned->nlink)
-		st.st_nlink = owned->nlink;
 	fuse_reply_attr(req, &st, S_ISREG(st.st_mode) && st.st_mode & (S_ISUID | S_ISGID) ? 0 : attributes_last(owned));
 }
 
@@ -874,10 +873,9 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 	unsigned long long node, ino;
 	struct owned *owned;
 	double timeout;
-	unsigned int nlink;
-	int fd, flags;
+	int fd, flags, upper_dir;
 
-	if (!PyArg_ParseTuple(args, "KiKdI", &node, &fd, &ino, &timeout, &nlink))
+	if (!PyArg_ParseTuple(args, "KiKdp", &node, &fd, &ino, &timeout, &upper_dir))
 		return NULL;
 	flags = fcntl(fd, F_GETFL);
 	if (flags < 0)
@@ -889,9 +887,9 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 		.next = *bucket(node),
 		.node = node,
 		.ino = ino,
-		.nlink = nlink,
 		.fd = fd,
 		.path_only = flags & O_PATH,
+		.upper_dir = upper_dir,
 		.timeout = timeout,
 	};
 	*bucket(node) = owned;
@@ -1450,6 +1448,28 @@ static bool is_reserved(const char *name)
 	return reserved;
 }
 
+static void reply_entry_raw(struct fuse_session *se, uint64_t unique, const struct fuse_entry_param *entry)
+{
+	struct fuse_entry_out out = raw_entry(entry);
+
+	reply_raw(se, unique, 0, (const char *)&out, sizeof(out));
+}
+
+/* A directory of the union: if upper alone makes it up, and has nothing there, the kernel may remember that. */
+static bool look_for_absent(struct fuse_session *se, const struct fuse_in_header *in, const char *name)
+{
+	const struct owned *parent = find_owned(in->nodeid);
+	struct fuse_entry_param absent = {0};
+	struct stat st;
+
+	if (!parent || !parent->upper_dir || !fstatat(parent->fd, name, &st, AT_SYMLINK_NOFOLLOW) || errno != ENOENT)
+		return false;
+	counters[LOOKUP]++;
+	absent.entry_timeout = parent->timeout;
+	reply_entry_raw(se, in->unique, &absent);
+	return true;
+}
+
 /* Answer a LOOKUP if it can be done here; returns whether. */
 static bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
 {
@@ -1461,7 +1481,12 @@ static bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
 	struct owned *child;
 
 	if (buf->flags & FUSE_BUF_IS_FD || buf->size <= sizeof(*in) || in->opcode != FUSE_LOOKUP ||
-	    ((const char *)buf->mem)[buf->size - 1] || !(parent = find_bound(in->nodeid)) || is_reserved(name))
+	    ((const char *)buf->mem)[buf->size - 1])
+		return false;
+	parent = find_bound(in->nodeid);
+	if (!parent)
+		return look_for_absent(se, in, name);
+	if (is_reserved(name))
 		return false;
 	known = *find_known(in->nodeid, name);
 	child = known ? find_bound(known->child) : NULL;
@@ -1482,11 +1507,7 @@ static bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
 	entry.attr.st_ino = child->ino;
 	entry.entry_timeout = child->timeout;
 	entry.attr_timeout = attributes_last(child);
-	{
-		struct fuse_entry_out out = raw_entry(&entry);
-
-		reply_raw(se, in->unique, 0, (const char *)&out, sizeof(out));
-	}
+	reply_entry_raw(se, in->unique, &entry);
 	return true;
 }
 
@@ -2074,7 +2095,7 @@ static PyMethodDef methods[] = {
 	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
 	{"set_ioctl_handler", py_set_ioctl_handler, METH_O, "Who answers (request, node, fh, cmd, data)."},
 	{"answer_ioctl", py_answer_ioctl, METH_VARARGS, "(request, errno, data)"},
-	{"own", py_own, METH_VARARGS, "(node, fd, st_ino, timeout, nlink): serve the node's attributes from fd."},
+	{"own", py_own, METH_VARARGS, "(node, fd, st_ino, timeout, upper_dir): serve the node's attributes from fd."},
 	{"disown", py_disown, METH_VARARGS, "(node, fd): stop that; fd -1: for all descriptors of the node."},
 	{"own_bound", py_own_bound, METH_VARARGS,
 	 "(node, fd, st_ino, st_dev, st_ino on the host, bind path, timeout, handles, settable, root): "

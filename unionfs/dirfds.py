@@ -17,6 +17,16 @@ from unionfs.inodes import Dir
 from unionfs.layers import LayerStack
 
 
+class Watcher:
+    """Is told of descriptors that the native layer may use by itself; this one does nothing."""
+
+    def opened(self, node: Dir, fd: int) -> None:
+        """A directory that upper alone makes up has got its descriptor."""
+
+    def closing(self, node: Dir, fd: int) -> None:
+        """It is about to lose it."""
+
+
 class DirFds:
     """Opens, keeps and closes the descriptors of `Dir` nodes."""
 
@@ -27,6 +37,7 @@ class DirFds:
         self._lru: OrderedDict[Dir, None] = OrderedDict()
         # Set by the resolver: finds `stack` and `where` of a renamed directory again.
         self.refresh: Callable[[Dir], None] = lambda _: None
+        self.watcher = Watcher()
 
     def fds(self, node: Dir) -> tuple[int, ...]:
         """Return the descriptors of a directory, parallel to `Dir.stack`. They stay valid until the next await."""
@@ -76,6 +87,8 @@ class DirFds:
         node.fds = fds
         self._lru[node] = None
         self._count += len(fds)
+        if node.is_pure_upper:
+            self.watcher.opened(node, fds[0])
         while self._count > self._room and len(self._lru) > 8:
             oldest = next(iter(self._lru))
             if oldest is node:
@@ -91,6 +104,8 @@ class DirFds:
     def drop(self, node: Dir) -> None:
         """Close the descriptors of a directory."""
         if node.fds is not None:
+            if node.is_pure_upper:
+                self.watcher.closing(node, node.fds[0])
             for fd in node.fds:
                 os.close(fd)
             self._count -= len(node.fds)

@@ -23,11 +23,26 @@ import stat
 from typing import Final
 
 from unionfs import native
-from unionfs.inodes import INDEXED, META, UPPER, Node
+from unionfs.dirfds import Watcher
+from unionfs.inodes import INDEXED, META, UPPER, Dir, Node
 
 WORTH_BYTES: Final = 128 << 10
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
+
+
+class NativeDirectories(Watcher):
+    """Has the native layer answer for directories that upper alone makes up: attributes, names that aren't there."""
+
+    def __init__(self, timeout: float) -> None:
+        """Take how long the kernel may keep either, in seconds."""
+        self._timeout = timeout
+
+    def opened(self, node: Dir, fd: int) -> None:
+        native.own_attributes(node.id, fd, node.ino, self._timeout, upper_dir=True)
+
+    def closing(self, node: Dir, fd: int) -> None:
+        native.disown_attributes(node.id, fd)
 
 
 class Handles:

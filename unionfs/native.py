@@ -161,7 +161,7 @@ def answer_ioctl(request: object, error: int, data: bytes = b"") -> None:
         _module.answer_ioctl(request, error, data)
 
 
-def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0) -> None:
+def own_attributes(node: int, fd: int, ino: int, timeout: float, *, upper_dir: bool = False) -> None:
     """Have the node's attributes served on `fd`: GETATTR, SETATTR, FSYNC, and GETXATTR of what the kernel asks for
     by itself, the ACL and the capability.
 
@@ -171,16 +171,16 @@ def own_attributes(node: int, fd: int, ino: int, timeout: float, nlink: int = 0)
 
     Args:
         node: the node id.
-        fd: a descriptor of the file; with O_PATH only GETATTR is served.
+        fd: a descriptor of the file; with O_PATH SETATTR is not served.
         ino: the st_ino to show.
         timeout: the attr_timeout to answer, in seconds.
-        nlink: the st_nlink to show (1 for a merged directory); 0: the file's own.
+        upper_dir: it is a directory that upper alone makes up: LOOKUPs of what isn't there are answered, too.
 
     Raises:
         OSError: EBADF.
     """
     if _module is not None:
-        _module.own(node, fd, ino, timeout, nlink)
+        _module.own(node, fd, ino, timeout, upper_dir)
 
 
 def disown_attributes(node: int, fd: int = -1) -> None:

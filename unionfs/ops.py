@@ -29,7 +29,7 @@ from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.direct import Direct
 from unionfs.dirops import Caller
 from unionfs.following import Following
-from unionfs.handles import Handles
+from unionfs.handles import Handles, NativeDirectories
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
@@ -98,6 +98,8 @@ class UnionOperations(pyfuse3.Operations):
         self._native = native.active()
         native.ignore_sync(self._union.config.volatile)
         covered = self.covered()
+        if self._native:
+            self._tree.dirfds.watcher = NativeDirectories(self._timeout)
         if self._native and covered is not None:
             if not covered and type(self) is UnionOperations:
                 native.plain_listings()
