@@ -385,6 +385,26 @@ def sync_later(fd: int) -> bool:
     return bool(_module.sync_later(fd))
 
 
+def keep_idle(count: int) -> None:
+    """Say how many shared handles to keep that nobody uses; none, unless this is called."""
+    if _module is not None:
+        _module.keep_idle(count)
+
+
+def share(node: int, fh: int) -> None:
+    """Let the native layer give a handle to others who read the file, too, and keep it a while when all have closed it.
+
+    It comes back as one RELEASE: when there are too many of them, or before a request in which the node's open handles
+    have a say (an open that is not for reading, SETATTR, FORGET).
+
+    Args:
+        node: the node id; one that has such a handle already keeps that one.
+        fh: the handle, as answered to its OPEN. It must be open for reading alone, and not passed through.
+    """
+    if _module is not None:
+        _module.share(node, fh)
+
+
 def take_backing(fd: int) -> int:
     """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
     return int(_module.take_backing(fd)) if _module is not None else 0

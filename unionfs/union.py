@@ -18,6 +18,7 @@ import logging
 import os
 import resource
 import stat
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
@@ -58,6 +59,10 @@ _NOTHING: Final = Changes()
 _DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
 _HASH_MASK: Final = (1 << 61) - 1
 
+# Of how many directories, of how many names at most, the last listing is remembered: for readers that come together.
+_MOST_LISTINGS: Final = 32
+_MOST_LISTED: Final = 4096
+
 
 class DirHandle:
     """An open directory: its listing as it was when reading began.
@@ -97,6 +102,7 @@ class Union:
         self.lister = Lister(self.tree)
         self.dirs = DirOps(config, self.tree, self.up, self.lister)
         self.open_files: dict[int, Node] = {}
+        self._listings: OrderedDict[Dir, tuple[int, list[int], list[Entry]]] = OrderedDict()
         self._closed = False
 
     @classmethod
@@ -166,10 +172,22 @@ class Union:
     def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
         """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
         if after <= _DOTS or handle.entries is None:
-            handle.version = handle.node.version
-            handle.cookies, handle.entries = _in_order(self.lister.entries(handle.node))
+            handle.version, handle.cookies, handle.entries = self._listing(handle.node)
         first = bisect.bisect_right(handle.cookies, after)
         return itertools.islice(zip(handle.cookies, handle.entries, strict=True), first, None)
+
+    def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:
+        """Return a directory's version, cookies and entries; those that were read lately need not be read again."""
+        known = self._listings.get(node)
+        if known is not None and known[0] == node.version:
+            self._listings.move_to_end(node)
+            return known
+        listing = (node.version, *_in_order(self.lister.entries(node)))
+        if len(listing[1]) <= _MOST_LISTED:
+            self._listings[node] = listing
+            if len(self._listings) > _MOST_LISTINGS:
+                self._listings.popitem(last=False)
+        return listing
 
     def look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
         """Return the node and stat result of a listed entry, None where it is gone."""
