@@ -75,12 +75,17 @@ def opened() -> Iterator[Callable[..., int]]:
 
 
 def passed(stack: Stack) -> int:
-    """How many opens have been passthrough, from the daemon's dump on SIGUSR1."""
+    """How many opens have been passthrough."""
+    return counted(stack, "native_passthrough")
+
+
+def counted(stack: Stack, what: str) -> int:
+    """A counter, from the daemon's dump on SIGUSR1."""
     before = len(stack.log.read_text())
     os.kill(stack.daemon(), signal.SIGUSR1)
     for _ in range(50):
         time.sleep(0.05)
-        if found := re.search(r"^\s*native_passthrough (\d+)$", stack.log.read_text()[before:], re.MULTILINE):
+        if found := re.search(rf"^\s*{what} (\d+)$", stack.log.read_text()[before:], re.MULTILINE):
             return int(found[1])
     raise AssertionError("no dump in the log")
 
@@ -169,6 +174,62 @@ def test_the_mode_changes_when_all_handles_are_gone(passing: Stack, opened: Call
     assert passed(passing) == 3
     (root / "f").chmod(0o4755)
     assert (root / "f").read_bytes() == b"three" * SIZE
+
+
+# --- readers that share a handle -----------------------------------------------------------------
+
+
+def test_readers_share_a_handle(passing: Stack) -> None:
+    """Opened again and again for reading, a lower file is opened once below; each change of it ends the sharing."""
+    build(passing.lower, {"f": DATA, "g": b"g"})
+    root = passing.mount()
+    for _ in range(5):
+        assert (root / "f").read_bytes() == DATA
+        with open(root / "f", "rb") as one, open(root / "f", "rb") as two:
+            assert one.read() == two.read() == DATA
+    assert counted(passing, "native_shared") >= 20  # all but the first open, and all but that one's close
+    assert counted(passing, "open_files") == 1
+    with open(root / "f", "r+b") as file:
+        file.write(b"one")
+    assert passed(passing) == 1
+    assert (root / "f").read_bytes() == b"one" + DATA[3:]
+    (root / "g").read_bytes()
+    os.truncate(root / "g", 0)
+    assert (root / "g").read_bytes() == b""
+    assert counted(passing, "open_files") == 0
+    assert (passing.lower / "f").read_bytes() == DATA
+
+
+def test_a_shared_handle_in_use_sees_the_copy(ours: Stack, opened: Callable[..., int]) -> None:
+    build(ours.lower, {"f": DATA})
+    root = ours.mount()
+    assert (root / "f").read_bytes() == DATA
+    readers = [opened(root / "f") for _ in range(3)]
+    writer = opened(root / "f", os.O_RDWR)
+    os.pwrite(writer, b"new", 0)
+    later = opened(root / "f")
+    assert {content(fd) for fd in (*readers, later, writer)} == {b"new" + DATA[3:]}
+    (root / "f").unlink()
+    os.pwrite(writer, b"newer", 0)
+    assert {content(fd) for fd in (*readers, later, writer)} == {b"newer" + DATA[5:]}
+    assert (ours.lower / "f").read_bytes() == DATA
+
+
+def test_idle_handles_are_few(passing: Stack) -> None:
+    """Handles that nobody uses are given up for newer ones, and with the files that the kernel forgets."""
+    files = {f"f{number}": b"%d" % number for number in range(200)}
+    build(passing.lower, files)
+    root = passing.mount(under=["prlimit", "--nofile=1024:1024"])
+    for _ in range(2):
+        assert {name: (root / name).read_bytes() for name in files} == files
+        assert 0 < counted(passing, "open_files") <= 64
+    for name in files:
+        (root / name).unlink()
+    for _ in range(100):
+        if counted(passing, "open_files") == 0:
+            break
+    assert counted(passing, "open_files") == 0
+    assert counted(passing, "nodes") == 1
 
 
 # --- what is known about what was written --------------------------------------------------------
