@@ -295,12 +295,12 @@ class CopyUp:
             else:
                 os.mknod(temp, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work.fd)
             target = sysio.entry_path(work.fd, temp)
-            self._copy_metadata(source, st, target, follow_source=follow_source, follow=False)
+            rino = self._copy_metadata(source, st, target, follow_source=follow_source, follow=False)
             if not stat.S_ISLNK(st.st_mode):
                 sysio.chmod_at(work.fd, temp, stat.S_IMODE(st.st_mode))
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
             origin = self._mark_origin(node, st, target, follow=False)
-            self._place(node, st, work.fd, temp, origin)
+            self._place(node, st, rino, work.fd, temp, origin)
 
     # -- regular files --
 
@@ -308,14 +308,15 @@ class CopyUp:
         parent = node.parent
         if parent is not None and not node.flags & UNLINKED:
             self.directory(parent)
-        whole = self.tree.stat(node).st_size
+        st = self.tree.stat(node)
+        whole = st.st_size
         wanted = whole if size is None else min(size, whole)
         if data and wanted:
             self._copy_to_temp(node, wanted, may_follow=wanted == whole and self._may_follow(node, whole))
             return
         target, name = self._work().open_temp()
         try:
-            self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted)
+            self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted, st=st)
             if data:
                 self.reopen_handles(node)
         except BaseException:
@@ -392,25 +393,26 @@ class CopyUp:
         metacopy: bool,
         size: int | None = None,
         mtime: int = 0,
+        st: os.stat_result | None = None,
     ) -> None:
         """Finish a regular file built in work: metadata, marks, and its place in upper or the index.
 
         Where it has data, the caller sees to open handles (`reopen_handles`).
-        *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not.
+        *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not. *st* is the lower file's stat result.
         """
         source = self.tree.path(node)
-        st = self.tree.stat(node)
+        st = st or self.tree.stat(node)
         path = sysio.fd_path(target)
         if size is not None and size:
             os.ftruncate(target, size)
-        self._copy_metadata(source, st, path, follow_source=self.tree.follow(node), follow=True, fd=target)
+        rino = self._copy_metadata(source, st, path, follow_source=self.tree.follow(node), follow=True, fd=target)
         # Origin first: where an inode has room for one attribute, the one that stays should be in it.
         origin = self._mark_origin(node, st, path, follow=True)
         if metacopy:
             os.setxattr(target, self.tree.fmt.metacopy, b"")
         os.fchmod(target, stat.S_IMODE(st.st_mode))
         sysio.utimens_fd(target, st.st_atime_ns, mtime or st.st_mtime_ns)
-        self._place(node, st, target, name, origin)
+        self._place(node, st, rino, target, name, origin)
         if metacopy:
             if not node.flags & META:
                 self.tree.data_blocks[node] = st.st_blocks
@@ -482,22 +484,23 @@ class CopyUp:
         dirfd, name = self.tree.place(node)
         return self._set_origin(node.layer, dirfd, name, path, follow=follow)
 
-    def _place(self, node: Node, st: os.stat_result, fd: int, name: bytes | None, origin: bytes) -> None:
-        """Give a finished object its place. *fd* is the object, or the work directory of *name*."""
+    def _place(self, node: Node, st: os.stat_result, rino: int, fd: int, name: bytes | None, origin: bytes) -> None:
+        """Give a finished object its place. *fd* is the object, or the work directory of *name*; *rino* its number."""
         parent = node.parent
         if node.flags & UNLINKED or parent is None:
             self._keep_nameless(node, fd, name)
+            self._became_upper(node, rino)
             return
         self.directory(parent)
         to_fd = self.tree.dirfds.upper(parent)
         if origin and st.st_nlink > 1:
-            self._to_index(node, st, fd, name, origin)
+            self._to_index(node, st, rino, fd, name, origin)
             self._link_up(node, parent, node.name)
             return
         with self._parent_times(to_fd):
             self._mark_impure(parent, to_fd)
             self._publish(fd, name, to_fd, node.name)
-        self._became_upper(node, os.stat(node.name, dir_fd=to_fd, follow_symlinks=False).st_ino)
+        self._became_upper(node, rino)
 
     def _publish(self, fd: int, name: bytes | None, to_fd: int, to: bytes) -> None:
         if name is None:
@@ -516,16 +519,15 @@ class CopyUp:
         if node.anchor >= 0:
             os.close(node.anchor)
         node.anchor = anchor
-        self._became_upper(node, os.fstat(anchor).st_ino)
 
-    def _to_index(self, node: Node, st: os.stat_result, fd: int, name: bytes | None, origin: bytes) -> None:
+    def _to_index(self, node: Node, st: os.stat_result, rino: int, fd: int, name: bytes | None, origin: bytes) -> None:
         entry = origin.hex().encode()
         index_fd = self.tree.resolver.index_fd
         self._publish(fd, name, index_fd, entry)
         self.tree.index_names[node] = entry
         node.flags |= INDEXED
         node.nlink = st.st_nlink
-        self._became_upper(node, os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_ino)
+        self._became_upper(node, rino)
         self.set_nlink(node)
 
     def _link_up(self, node: Node, parent: Dir, name: bytes) -> None:
@@ -597,14 +599,15 @@ class CopyUp:
         follow_source: bool,
         follow: bool,
         fd: int = -1,
-    ) -> None:
-        """Copy owner, then attributes and ACLs; mode and times are the caller's, last."""
+    ) -> int:
+        """Copy owner, then attributes and ACLs; mode and times are the caller's, last. Return the target's number."""
         new = os.stat(target, follow_symlinks=follow)
         if (new.st_uid, new.st_gid) != (st.st_uid, st.st_gid):
             os.chown(target, st.st_uid, st.st_gid, follow_symlinks=follow)
         self.copy_xattrs(source, target, follow_source=follow_source, follow=follow)
         if fd >= 0 or follow:
             self._copy_inode_flags(source, st, target)
+        return new.st_ino
 
     def copy_xattrs(self, source: bytes, target: bytes, *, follow_source: bool, follow: bool) -> None:
         """Copy all attributes but the union's own (``ovl_copy_xattr``)."""

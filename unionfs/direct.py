@@ -316,7 +316,10 @@ class Direct:
         )
         try:
             handle = fh if valid & _FH else -1
-            return self._attributes(node, self._union.setattr(node, changes, handle, kill_for=kill, who=who))
+            answer = self._attributes(node, self._union.setattr(node, changes, handle, kill_for=kill, who=who))
+            while node in self._up.notify_changed:
+                self._up.notify_changed.remove(node)  # the answer says it
+            return answer
         except DataCopyPending:
             return None
         finally:

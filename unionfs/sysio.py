@@ -113,14 +113,9 @@ def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> 
         raise _fail(old)
 
 
-_linkat = _libc.linkat
-_linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
-
-
 def linkat_fd(fd: int, new_fd: int, new: bytes) -> None:
     """Give the inode behind *fd* (also ``O_TMPFILE`` or ``O_PATH``) the name *new* in *new_fd*."""
-    if _linkat(AT_FDCWD, fd_path(fd), new_fd, new, AT_SYMLINK_FOLLOW) != 0:
-        raise _fail(new)
+    os.link(fd_path(fd), new, dst_dir_fd=new_fd, follow_symlinks=True)
 
 
 def open_beneath(root_fd: int, path: bytes, flags: int) -> int:
@@ -284,6 +279,10 @@ def _timespec(ns: int | None) -> _Timespec:
 
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False) -> None:
     """Set times in nanoseconds; None leaves one as it is. A symbolic link itself is changed unless *follow*."""
+    if atime_ns is not None and mtime_ns is not None:
+        where = None if dirfd == AT_FDCWD else dirfd
+        os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=where, follow_symlinks=follow)
+        return
     times = _TimespecPair(_timespec(atime_ns), _timespec(mtime_ns))
     if _utimensat(dirfd, name, ctypes.byref(times), 0 if follow else AT_SYMLINK_NOFOLLOW) != 0:
         raise _fail(name)
