@@ -243,18 +243,20 @@ class _Life:
             nursery.cancel_scope.cancel()
 
     async def _announce(self, operations: UnionOperations) -> None:
-        """Say that the mount is ready as soon as it answers, asked from a thread as any program would ask."""
+        """Say that the mount is ready as soon as it answers, that is when the kernel's first request was answered.
+
+        Nothing here may ask the mount itself: a thread of ours that waits for us can't be killed.
+        """
         import trio
 
         mountpoint = self.config.mountpoint
         try:
             with trio.fail_after(START_SECONDS):
-                await trio.to_thread.run_sync(os.statvfs, mountpoint, abandon_on_cancel=True)
+                await operations.answering.wait()
         except trio.TooSlowError:
             raise MountFailed(f"the mount on {mountpoint} does not answer") from None
-        except OSError as error:
-            raise MountFailed(f"the mount on {mountpoint} answers with {error.strerror}") from None
-        await self._bind_volumes(operations)
+        if self.volumes:
+            await self._bind_volumes(operations)
         self.record_path = self._write_record()
         self.ready()
         log.info("%s: mounted", mountpoint)
@@ -275,6 +277,8 @@ class _Life:
             raise
 
     async def _take_down_volumes(self) -> None:
+        if not self.volumes:
+            return
         import trio
 
         with trio.CancelScope(shield=True):

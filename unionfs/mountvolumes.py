@@ -86,6 +86,10 @@ class MountedVolumes:
         self._usher = 0
         self._socket: socket.socket | None = None
 
+    def __bool__(self) -> bool:
+        """Whether there are any volumes."""
+        return bool(self._binds)
+
     @property
     def needs_fuse(self) -> bool:
         """Whether the daemon itself serves some volume."""

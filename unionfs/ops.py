@@ -85,6 +85,7 @@ class UnionOperations(pyfuse3.Operations):
             union, invalidate_changed=self._invalidate_changed, invalidate_data=self._invalidate_data
         )
         union.up.offload = True
+        self.answering = trio.Event()  # the kernel's INIT has come: from now on the mount answers
 
     def covered(self) -> Mapping[tuple[int, bytes], object] | None:
         """Where something else than the union's is: (id of a directory, name).
@@ -95,6 +96,7 @@ class UnionOperations(pyfuse3.Operations):
 
     def init(self) -> None:
         """Called by pyfuse3 when the kernel has agreed on the protocol."""
+        self.answering.set()
         self._native = native.active()
         native.ignore_sync(self._union.config.volatile)
         covered = self.covered()

@@ -16,6 +16,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Final, NoReturn
 
 from unionfs import attributes, sysio, tarformat
@@ -191,7 +192,11 @@ class _Target:
                 if not stat.S_ISDIR(os.lstat(sysio.entry_path(self._stack.fd, parts[-1])).st_mode):
                     os.unlink(parts[-1], dir_fd=self._stack.fd)
                     os.mkdir(parts[-1], 0o700, dir_fd=self._stack.fd)
-        self._directories[b"/".join(parts)] = _attributes(member)
+        path, wanted = b"/".join(parts), _attributes(member)
+        before = self._directories.get(path)
+        if before is not None:  # given twice: the last one counts, but takes no extended attribute away
+            wanted = replace(wanted, xattrs={**before.xattrs, **wanted.xattrs})
+        self._directories[path] = wanted
 
     def _regular(self, member: Member, name: bytes, reader: Reader) -> int:
         try:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -422,6 +422,20 @@ def test_the_last_of_the_same_name_counts(ground: Path) -> None:
             assert_same(snapshot(name / "gnu"), snapshot(name / "ours"))
 
 
+def test_a_directory_given_twice(ground: Path) -> None:
+    """The last one counts, but attributes that it doesn't name stay, as with GNU tar."""
+    first = pax(SCHILY__xattr__user__x=b"", SCHILY__xattr__user__y=b"1") + entry("a/d", DIR)
+    second = pax(SCHILY__xattr__user__y=b"2") + entry("a/d", DIR, fields={(100, 108): b"0000750"})
+    (ground / "a.tar").write_bytes(entry("a/d/file", data=b"x") + first + second + END)
+    for program in ("ours", "gnu"):
+        (ground / program).mkdir()
+    archive.restore_file(ground / "a.tar", [Root("", str(ground / "ours"))])
+    run("tar", "--xattrs", "--xattrs-include=*", "-xPpf", str(ground / "a.tar"), "-C", str(ground / "gnu"))
+    assert_same(snapshot(ground / "gnu"), snapshot(ground / "ours"))
+    assert os.getxattr(ground / "ours/a/d", "user.x") == b""
+    assert os.getxattr(ground / "ours/a/d", "user.y") == b"2"
+
+
 BOMB = """
 import gzip, io, resource, sys
 from unionfs import archive
@@ -505,7 +519,7 @@ archives = st.lists(one_entry(), max_size=8).map(lambda entries: b"".join(entrie
 generated = settings(
     max_examples=150,
     deadline=None,
-    derandomize=True,
+    derandomize=False,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -540,6 +554,21 @@ def test_whatever_is_damaged_nothing_gets_out(arena: Arena, data: bytes, damage:
         assert str(exc).isprintable()
 
 
+def without_inherited_groups(data: bytes, tree: Path) -> Snapshot:
+    """A snapshot in which directories that the archive does not list have no set-group-id bit.
+
+    Whether such a one inherits it depends on whether the program gave its parent that bit before or after.
+    """
+    with tarfile.open(fileobj=io.BytesIO(data)) as listed:
+        given = {os.fsencode(os.path.normpath("/" + member.name)) for member in listed if member.isdir()}
+    return {
+        path: replace(entry, mode=entry.mode & ~stat.S_ISGID)
+        if stat.S_ISDIR(entry.mode) and path not in given
+        else entry
+        for path, entry in snapshot(tree).items()
+    }
+
+
 @settings(parent=generated, max_examples=60)
 @given(entries=st.lists(one_entry(plain_names), max_size=8))
 def test_what_is_accepted_is_what_gnu_tar_makes(ground: Path, entries: list[bytes]) -> None:
@@ -556,7 +585,7 @@ def test_what_is_accepted_is_what_gnu_tar_makes(ground: Path, entries: list[byte
             check=False,
         )
         if done.returncode == 0:
-            assert_same(snapshot(base / "gnu"), snapshot(base / "ours"))
+            assert_same(without_inherited_groups(data, base / "gnu"), without_inherited_groups(data, base / "ours"))
     except VolumeError:
         pass
     finally:
