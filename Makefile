@@ -20,8 +20,10 @@ export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
 ARGS ?=
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
+# How long `make verify` runs.
+MINUTES ?= 10
 
-.PHONY: help mount umount test lint types fuzz compare clean root packages packages-test
+.PHONY: help mount umount test lint types fuzz verify compare sanitize clean root packages packages-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -30,6 +32,7 @@ help:
 	@echo 'make test [ARGS=...]                   all tests (as root)'
 	@echo 'make lint types                        ruff, mypy'
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
+	@echo 'make verify [MINUTES=10]               fio with checksums on all that it reads, in every mode (as root)'
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
@@ -52,6 +55,9 @@ types: packages $(VENV)/.installed-test
 
 fuzz: root packages-test $(VENV)/.installed-test
 	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/differential --timeout 0 $(ARGS)
+
+verify: root packages-test $(VENV)/.installed-test
+	@$(BIN)/python -m tests.verify --minutes $(MINUTES) $(ARGS)
 
 compare: packages $(VENV)/.installed
 	@scripts/compare $(ARGS)

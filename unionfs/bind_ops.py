@@ -37,8 +37,8 @@ from unionfs.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.config import MountConfig
 from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
-from unionfs.ops import UnionOperations, handler
-from unionfs.union import Changes, DirHandle, Union
+from unionfs.ops import UnionOperations, handler, wanted_changes
+from unionfs.union import DirHandle, Union
 
 _DT_SHIFT = 12
 
@@ -222,15 +222,8 @@ class BindingOperations(UnionOperations):
             return await super().setattr(inode, attr, fields, fh, ctx)
         kill = self._caller(ctx) if fields.update_size and native.kill_suidgid(ctx.uid) else None
         node = self._binds.node(inode)
-        changes = Changes(
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-        )
-        st = self._binds.setattr(node, changes, -1 if fh is None else fh, kill_for=kill, who=self._caller(ctx))
+        changes, handle = wanted_changes(attr, fields), -1 if fh is None else fh
+        st = self._binds.setattr(node, changes, handle, kill_for=kill, who=self._caller(ctx))
         return self._bound_attributes(node, st)
 
     @handler

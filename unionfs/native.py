@@ -23,7 +23,7 @@ Who clears suid and sgid (the kernel's file_remove_privs, left to the server by 
 WRITE, OPEN with O_TRUNC         this layer, on the descriptor, where the kernel says so; fallocate and
                                  copy_file_range: for every user but root
 CREATE with O_TRUNC              nobody if the file is new; `ops.create` if it finds one there: as for SETATTR size
-SETATTR size                     `ops.setattr`: if `kill_suidgid(ctx.uid)`, clear `suidgid_lost(mode, in_group)` and
+SETATTR size                     `ops.setattr`: if `kill_suidgid(ctx.uid)`, clear what `union.clear_suidgid` does and
                                  return the new mode. Ask before the first `await`
 SETATTR uid or gid               nobody: chown(2) on the layer's file clears them, as it does for root
 security.capability              nobody: the layer's file system removes it on write, truncate and chown
@@ -39,7 +39,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,19 +118,6 @@ def kill_suidgid(uid: int) -> bool:
     if _module is not None and active() and _module.killpriv_v2():
         return bool(_module.kill_suidgid())
     return uid != 0
-
-
-def suidgid_lost(mode: int, in_group: bool) -> int:
-    """The bits of `mode` that a change of data clears; mirrors setattr_should_drop_suidgid() without CAP_FSETID.
-
-    Args:
-        mode: st_mode of a regular file.
-        in_group: whether the file's group is among the caller's (supplementary ones included).
-    """
-    lost = mode & stat.S_ISUID
-    if mode & stat.S_IXGRP or not in_group:
-        lost |= mode & stat.S_ISGID
-    return lost
 
 
 def set_ioctl_handler(handler: Callable[[object, int, int, int, bytes], None] | None) -> None:

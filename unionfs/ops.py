@@ -63,6 +63,18 @@ def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
     return wrapper
 
 
+def wanted_changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
+    """What a SETATTR asks for."""
+    return Changes(
+        mode=attr.st_mode if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime=attr.st_atime_ns if fields.update_atime else None,
+        mtime=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
 class UnionOperations(pyfuse3.Operations):
     """Serves one union to the kernel."""
 
@@ -280,16 +292,9 @@ class UnionOperations(pyfuse3.Operations):
         """Change attributes (``ovl_setattr``)."""
         kill = self._caller(ctx) if fields.update_size and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
-        changes = Changes(
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-        )
         handle = -1 if fh is None else fh
-        st = await self._settled(self._union.setattr, node, changes, handle, kill_for=kill, who=self._caller(ctx))
+        changes, who = wanted_changes(attr, fields), self._caller(ctx)
+        st = await self._settled(self._union.setattr, node, changes, handle, kill_for=kill, who=who)
         return self._attributes(node, st)
 
     @handler

@@ -109,7 +109,8 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
                 os.truncate(path, attr.st_size)
                 st = os.stat(path)
                 groups = pyfuse3.get_sup_groups(ctx.pid) | {ctx.gid}
-                lost = native.suidgid_lost(st.st_mode, st.st_gid in groups) if kill else 0
+                keeps_sgid = not st.st_mode & stat.S_IXGRP and st.st_gid in groups
+                lost = (stat.S_ISUID if keeps_sgid else stat.S_ISUID | stat.S_ISGID) if kill else 0
                 os.chmod(path, stat.S_IMODE(st.st_mode & ~lost))
             return await self.getattr(inode)
 
