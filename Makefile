@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard unionfs/_*.[ch])
+SOURCES := pyproject.toml setup.py $(wildcard unionfs/csrc/*.[ch])
 
 # What `make mount` is given; with none of them it mounts a demonstration.
 LOWER ?=

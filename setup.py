@@ -10,7 +10,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ["unionfs/_native.c", "unionfs/_lazy.c"]
+C_SOURCES = Path("unionfs", "csrc")
+
+# Only libfuse's functions that are defined anew, marked HOOK, are for other libraries to find.
+FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 
 def pkg_config(flag: str) -> list[str]:
@@ -23,14 +26,15 @@ def pkg_config(flag: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    if not Path(__file__).with_name("unionfs").joinpath("_native.c").exists():
+    sources = sorted(str(path) for path in C_SOURCES.glob("*.c"))
+    if not sources:
         return []
     return [
         Extension(
             "unionfs._native",
-            SOURCES,
-            depends=[str(path) for path in Path("unionfs").glob("*.h")],
-            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", *pkg_config("--cflags")],
+            sources,
+            depends=[str(path) for path in C_SOURCES.glob("*.h")],
+            extra_compile_args=[*FLAGS, *pkg_config("--cflags")],
             extra_link_args=pkg_config("--libs"),
             optional=True,
         )

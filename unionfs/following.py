@@ -2,7 +2,7 @@
 
 Where the native layer serves reads and writes, the first open for writing of a big lower file is answered as soon as
 the room for its data is reserved. All handles of the file are then descriptors of the unpublished copy, and the native
-layer (_lazy.c) sees to it that what a request touches is copied first. Meanwhile a thread copies the rest; then the
+layer (csrc/lazy.c) sees to it that what a request touches is copied first. Meanwhile a thread copies the rest; then the
 copy is synced and published, once, as any other. So a crash leaves the old file, wholly; what was written since
 the open is lost with it, as it may be before an fsync. Fsync therefore waits until the copy is published, as do all
 operations but opening, reading, writing and stat. Close doesn't; the end of the mount does.

@@ -30,7 +30,7 @@ from unionfs.inodes import INDEXED, META, UPPER, Dir, Node
 WORTH_BYTES: Final = 128 << 10
 
 _MOST_IDLE: Final = 4096
-"""How many handles of lower files are kept for whoever reads them next (see _native.c)."""
+"""How many handles of lower files are kept for whoever reads them next (see csrc/readers.c)."""
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 

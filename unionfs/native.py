@@ -1,7 +1,7 @@
 """The native layer, seen from Python.
 
-`unionfs._native` is a C extension whose definitions of some libfuse functions are found before libfuse's own, if it
-is loaded first. It asks the kernel for capabilities that pyfuse3 does not know, and serves what concerns only the
+`unionfs._native` is a C extension (csrc/) whose definitions of some libfuse functions are found before libfuse's own,
+if it is loaded first. It asks the kernel for capabilities that pyfuse3 does not know, and serves what concerns only the
 data of open files on their host descriptors (a handle number *is* a descriptor). Without it everything works, more
 slowly: `active` is False then.
 
@@ -13,7 +13,7 @@ What the layer does by itself once `active` is True:
 - Lookups and listings of one directory come in parallel (FUSE_PARALLEL_DIROPS).
 - The kernel does not apply the umask (`FUSE_DONT_MASK`): the operations must, unless a default ACL overrides it.
 - Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`; see `auto_invalidate`.
-- What is missing of a copy whose data follows is copied before it is read or written (`lazy_begin`, _lazy.c).
+- What is missing of a copy whose data follows is copied before it is read or written (`lazy_begin`, csrc/lazy.c).
 - What is written through a handle that has O_APPEND goes to the end that the host's file has.
 - An entry's `generation`, when not 0, is the `st_ino` to show; `st_ino` is then only the node id.
 

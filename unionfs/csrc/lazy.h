@@ -1,4 +1,4 @@
-/* Copies of files whose data follows after they were opened: _lazy.c. */
+/* Copies of files whose data follows after they were opened: lazy.c. */
 #ifndef UNIONFS_LAZY_H
 #define UNIONFS_LAZY_H
 

@@ -38,7 +38,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "_lazy.h"
+#include "lazy.h"
 
 #define UNUSED __attribute__((unused))
 

@@ -1,0 +1,169 @@
+/*
+ * Raw requests: what libfuse drops of them, and the INIT exchange.
+ */
+#include "native.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+/* Protocol 7.40, which older headers lack. */
+#define INIT_EXT (UINT32_C(1) << 30) /* in flags: flags2 holds the bits from 32 on */
+#define INIT2_PASSTHROUGH (UINT32_C(1) << (37 - 32))
+
+struct request request;
+static bool ask_passthrough; /* before INIT: whether to ask for it */
+static bool old_kernel; /* before INIT: take the kernel for one that lacks all that libfuse doesn't know */
+static bool passthrough; /* after INIT: whether the kernel has it */
+static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
+
+/* Whether the message asks for suid and sgid to be cleared: flags that libfuse does not pass on. */
+static bool asks_to_kill(uint32_t opcode, const void *body, size_t size)
+{
+	switch (opcode) {
+	case FUSE_WRITE: {
+		const struct fuse_write_in *in = body;
+		return size >= sizeof(*in) && in->write_flags & FUSE_WRITE_KILL_SUIDGID;
+	}
+	case FUSE_OPEN: {
+		const struct fuse_open_in *in = body;
+		return size >= sizeof(*in) && in->open_flags & FUSE_OPEN_KILL_SUIDGID;
+	}
+	case FUSE_CREATE: {
+		const struct fuse_create_in *in = body;
+		return size >= sizeof(*in) && in->open_flags & FUSE_OPEN_KILL_SUIDGID;
+	}
+	case FUSE_SETATTR: {
+		const struct fuse_setattr_in *in = body;
+		return size >= sizeof(*in) && in->valid & FATTR_KILL_SUIDGID;
+	}
+	default:
+		return false;
+	}
+}
+
+void note_request(const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+
+	memset(&request, 0, sizeof(request));
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in))
+		return;
+	request.opcode = in->opcode;
+	request.uid = in->uid;
+	request.nodeid = in->nodeid;
+	request.unique = in->unique;
+	request.kill_suidgid = asks_to_kill(in->opcode, in + 1, buf->size - sizeof(*in));
+}
+
+/* Amend libfuse's answer to INIT by what this libfuse can't ask for. Returns the size to send. */
+static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in)
+{
+	struct fuse_init_out *out = (struct fuse_init_out *)(reply + sizeof(struct fuse_out_header));
+	const uint32_t stack_depth = 1; /* layers on stacked file systems go without; an overlay may be put over us */
+
+	if (old_kernel || size < sizeof(struct fuse_out_header) + sizeof(*out))
+		return size; /* or an error, or a protocol from before these flags */
+	if (ask_passthrough && in->flags & INIT_EXT && in->flags2 & INIT2_PASSTHROUGH) {
+		out->flags |= INIT_EXT;
+		out->flags2 |= INIT2_PASSTHROUGH;
+		memcpy(&out->flags2 + 1, &stack_depth, sizeof(stack_depth)); /* max_stack_depth */
+		passthrough = true;
+	}
+	out->flags |= in->flags & FUSE_PARALLEL_DIROPS; /* libfuse 3.14 takes the wish and forgets it */
+	if (in->flags & FUSE_HANDLE_KILLPRIV_V2) {
+		out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+		out->flags &= ~(uint32_t)FUSE_HANDLE_KILLPRIV;
+		killpriv_v2 = true;
+	}
+	return size;
+}
+
+/*
+ * Let libfuse answer INIT into a socket in place of the device, amend the answer, and send it. libfuse writes to the
+ * descriptor that it knows by number; nothing else uses it yet.
+ */
+static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_init_in *in = (const void *)((const struct fuse_in_header *)buf->mem + 1);
+	int device = fuse_session_fd(se);
+	int saved, pair[2];
+	char reply[4096] __attribute__((aligned(8)));
+	ssize_t size;
+
+	saved = fcntl(device, F_DUPFD_CLOEXEC, 0);
+	if (saved < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+		if (saved >= 0)
+			close(saved);
+		REAL(fuse_session_process_buf)(se, buf); /* plain INIT: fewer features, still right */
+		return;
+	}
+	dup3(pair[1], device, O_CLOEXEC);
+	REAL(fuse_session_process_buf)(se, buf);
+	dup3(saved, device, O_CLOEXEC);
+	size = recv(pair[0], reply, sizeof(reply), MSG_DONTWAIT);
+	close(pair[0]);
+	close(pair[1]);
+	close(saved);
+	if (size <= 0)
+		return;
+	size = (ssize_t)amend_init(reply, (size_t)size, in);
+	if (write(device, reply, (size_t)size) != size)
+		fuse_session_exit(se);
+}
+
+HOOK void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	note_request(buf);
+	if (se == session && request.opcode == FUSE_INIT &&
+	    buf->size >= sizeof(struct fuse_in_header) + 4 * sizeof(uint32_t))
+		process_init(se, buf);
+	else
+		REAL(fuse_session_process_buf)(se, buf);
+}
+
+/* ------------------------------------------------------------------ what Python calls */
+
+static PyObject *py_killpriv_v2(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(killpriv_v2);
+}
+
+static PyObject *py_ask_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	ask_passthrough = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_pretend_old_kernel(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	old_kernel = true;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_passthrough(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(passthrough);
+}
+
+static PyObject *py_xattr_flags(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyLong_FromLong(request.xattr_flags);
+}
+
+static PyObject *py_kill_suidgid(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBool_FromLong(request.kill_suidgid);
+}
+
+PyMethodDef request_methods[] = {
+	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
+	{"xattr_flags", py_xattr_flags, METH_NOARGS, "The flags of the SETXATTR being dispatched."},
+	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},
+	{"ask_passthrough", py_ask_passthrough, METH_NOARGS, "Ask the kernel for passthrough when mounting."},
+	{"pretend_old_kernel", py_pretend_old_kernel, METH_NOARGS, "Use nothing of the kernel that libfuse doesn't know."},
+	{"passthrough", py_passthrough, METH_NOARGS, "Whether the kernel has granted passthrough."},
+	{NULL, NULL, 0, NULL},
+};
