@@ -24,15 +24,16 @@ def _open_standard_streams() -> None:
 def main() -> None:
     """Run the command line; exits with a status from `errors.EXIT_CODES`."""
     _open_standard_streams()
-    from unionfs.cli import app
+    from unionfs.cli import run
 
     try:
-        app(prog_name="unionfs")
+        status = run()
     except UnionError as error:
         print(f"unionfs: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

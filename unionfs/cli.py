@@ -1,97 +1,63 @@
 """The command line: what the arguments mean and what is printed; the work is done by the modules below.
 
-pyfuse3 and trio are imported by the daemon only, rich by the commands that draw with it, so that `mount`
-starts fast.
+A command's start must be short, for `mount` above all: modules are imported by the command that needs them,
+pyfuse3 and trio by the daemon only, rich by what draws with it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 import unionfs
-from unionfs.config import LogLevel, parse_mount
-from unionfs.errors import EXIT_CODES, UnionError, UsageError
-from unionfs.volume_cli import volume_app
-from unionfs.volumespec import BindMode, MountVolumes, VolumeSpec
+from unionfs import clihelp
+from unionfs.clihelp import CONTEXT, Argument, Group, directories, exit_status
+from unionfs.errors import UnionError, UsageError
 
-app = typer.Typer(
-    name="unionfs",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.add_typer(volume_app, name="volume")
+if TYPE_CHECKING:
+    from unionfs.control import Entry
 
 
-def _epilog(*blocks: tuple[str, Sequence[str]]) -> str:
-    """Lay out (heading, lines) blocks under a help text, and the exit status last."""
-    status = [f"{code}  {text}" for code, text in EXIT_CODES.items()]
-    texts = [
-        "\n".join([f"[bold]{heading}[/bold]", *(f"  {line}" for line in body)])
-        for heading, body in [*blocks, ("Exit status", status)]
-    ]
-    return "\n\n".join(texts)
+def run() -> int:
+    """Run the program's command line and return its exit status; raises UnionError and KeyboardInterrupt."""
+    return clihelp.run(root, "unionfs")
 
 
-MOUNT_EPILOG = _epilog(
-    (
-        "Examples",
-        [
-            "unionfs mount /srv/base /srv/changes /mnt",
-            "unionfs mount /srv/app:/srv/base /srv/changes /mnt   (app on top of base)",
-            "unionfs mount /srv/app:/srv/base /mnt   (read-only)",
-            "unionfs mount --work /disk/work /srv/base /disk/upper /mnt",
-            "unionfs mount -o noatime,metacopy=off,timeout=0 /srv/base /srv/changes /mnt",
-            "unionfs mount -v /srv/data:/data -v cache:/var/cache /srv/base /srv/changes /mnt",
-            "unionfs mount --config work.toml",
-        ],
-    ),
-    (
-        "Options of -o: overlayfs's own",
-        [
-            "redirect_dir=on|follow|nofollow|off, metacopy=on|off, index=on|off,",
-            "xino=on|auto|off, uuid=auto|on|null|off, userxattr, volatile,",
-            "lowerdir=, upperdir=, workdir=, lowerdir+=, datadir+=",
-        ],
-    ),
-    ("Options of -o: mount(8)'s", ["ro, nosuid, nodev, noexec, sync, dirsync, noatime"]),
-    (
-        "Options of -o: this program's",
-        [
-            "timeout=SECONDS   of the kernel's entry and attribute caches, 0: none",
-            "allow_other       others see the mount; root's default",
-            "noallow_other     they don't",
-            "fsname=NAME       the source that /proc/mounts shows",
-            "whiteout=KIND     how removals are marked: auto, char, xattr, wh",
-            "native=off        file data goes through Python",
-            "passthrough=off   the kernel does not read and write files of upper by itself",
-        ],
-    ),
-)
-UMOUNT_EPILOG = _epilog(
-    ("Examples", ["unionfs umount /mnt", "unionfs umount --lazy /mnt", "unionfs umount --rm -v web"])
-)
+class _Root(Group):
+    """The main command; `mount` and `volume` have modules of their own, which only they load."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["mount", *super().list_commands(ctx), "volume"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "mount":
+            from unionfs.mount_cli import mount
+
+            return mount
+        if cmd_name == "volume":
+            from unionfs.volume_cli import volume
+
+            return volume
+        return super().get_command(ctx, cmd_name)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
         from unionfs.doctor import versions
 
         print(f"unionfs {unionfs.__version__} ({versions()})")
-        raise typer.Exit
+        ctx.exit()
 
 
-@app.callback(
-    epilog=_epilog(
+@click.group(
+    cls=_Root,
+    context_settings=CONTEXT,
+    blocks=[
         (
             "Examples",
             [
@@ -100,177 +66,45 @@ def _version(wanted: bool) -> None:
                 "unionfs umount /mnt",
                 "unionfs doctor /srv",
             ],
-        )
-    )
-)
-def root(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and end.")
-    ] = False,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--root",
-            metavar="DIR",
-            help="Where volumes and the memory of mounts lie. Default: /var/lib/unionfs, or the user's data directory.",
         ),
-    ] = None,
-) -> None:
+        exit_status(),
+    ],
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions and end."
+)
+@click.option(
+    "--root",
+    "store",
+    metavar="DIR",
+    shell_complete=directories,
+    help="Where volumes and the memory of mounts lie. Default: /var/lib/unionfs, or the user's data directory.",
+)
+@click.pass_context
+def root(ctx: click.Context, store: str | None) -> None:
     """Lay directories over one another, see them as one, and keep changes apart.
 
     What is changed in the merged directory goes to the upper one; the lower ones
     stay as they are. Semantics and on-disk format are overlayfs's own, served
     from user space, for root and ordinary users.
     """
-    context.obj = store
+    ctx.obj = store
 
 
-@app.command(epilog=MOUNT_EPILOG)
-def mount(
-    context: typer.Context,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="LOWER[:LOWER...] [UPPER] MOUNTPOINT",
-            help="The leftmost lower is on top. A colon in a name is written \\:, and ::LOWER is a data-only "
-            "layer. Without UPPER the union is read-only.",
-            show_default=False,
-        ),
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("-o", "--options", metavar="OPT[,OPT...]", help="Mount options, see below. Repeatable."),
-    ] = None,
-    work: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Work directory, on the file system of UPPER. Default: .NAME.unionfs-work beside UPPER.",
-        ),
-    ] = None,
-    volume: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-v",
-            "--volume",
-            metavar="[SRC:]DST[:OPTS]",
-            help="Bind a host directory or file, or a named volume, on DST in the union; without SRC an anonymous "
-            "volume. OPTS: ro, nocopy. Repeatable.",
-        ),
-    ] = None,
-    mounts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--mount",
-            metavar="KEY=VALUE,...",
-            help="The same, spelled out: type=bind|volume,source=SRC,target=DST[,readonly]. A missing SRC is refused.",
-        ),
-    ] = None,
-    volumes_from: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MOUNT[:ro]", help="Take over the volumes of another mount, by its name or mount point. Repeatable."
-        ),
-    ] = None,
-    bind_mode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(get_args(BindMode)),
-            help="Who serves the volumes: the kernel by real bind mounts, or the daemon. Default: auto.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A name for the mount; it is remembered, see umount --rm.")
-    ] = None,
-    config_file: Annotated[
-        str | None, typer.Option("--config", metavar="FILE", help="Read the mount from a TOML file; options add to it.")
-    ] = None,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", "-f", help="Stay in the foreground, log to standard error.")
-    ] = False,
-    log_level: Annotated[
-        str, typer.Option(metavar="|".join(get_args(LogLevel)), help="What to log at least.")
-    ] = "warning",
-    log_file: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Log to FILE. Default: the system log. SIGUSR1 makes the daemon log its counters and tasks.",
-        ),
-    ] = None,
-) -> None:
-    """Mount a union and return when it answers."""
-    from unionfs import daemon, preflight
-    from unionfs.mountfile import MountFile, read_mount_file
-
-    if log_level not in get_args(LogLevel):
-        raise UsageError(f"--log-level {log_level}: use one of {', '.join(get_args(LogLevel))}")
-    file = read_mount_file(config_file) if config_file is not None else MountFile()
-    if not paths and not file.positionals:
-        raise UsageError("give LOWER[:LOWER...] UPPER MOUNTPOINT, or LOWER[:LOWER...] MOUNTPOINT to read only")
-    if paths and len(paths) == 1 and file.positionals:
-        paths = [*file.positionals[:-1], *paths]
-    privileged = os.geteuid() == 0
-    config = parse_mount(
-        paths or file.positionals,
-        [*file.options, *(options or [])],
-        work=work or file.work,
-        allow_other_default=privileged or preflight.user_allow_other(),
-        privileged=privileged,
-        foreground=foreground,
-        log_level=cast(LogLevel, log_level),
-        log_file=log_file,
-    )
-    volumes = _volumes(
-        context.obj,
-        name or file.name,
-        bind_mode or file.bind_mode or "auto",
-        [*file.volumes, *_given_volumes(volume or [], mounts or [])],
-        [*file.volumes_from, *(volumes_from or [])],
-    )
-    preflight.check(config)
-    if foreground:
-        daemon.serve(config, lambda: None, volumes)
-    else:
-        daemon.start(config, volumes)
-
-
-def _given_volumes(short: Sequence[str], long: Sequence[str]) -> list[VolumeSpec]:
-    from unionfs.volumespec import parse_mount_words, parse_volume
-
-    return [*map(parse_volume, short), *map(parse_mount_words, long)]
-
-
-def _volumes(
-    store: str | None, name: str | None, bind_mode: str, specs: list[VolumeSpec], others: list[str]
-) -> MountVolumes:
-    """Put together what a mount's volumes are: its own, then those of --volumes-from at other targets."""
-    from unionfs.volumespec import check_targets, merge_volumes, parse_name
-
-    if bind_mode not in get_args(BindMode):
-        raise UsageError(f"--bind-mode {bind_mode}: use one of {', '.join(get_args(BindMode))}")
-    check_targets(specs)
-    merged = tuple(specs)
-    if others:
-        from unionfs.volumes import Store
-
-        opened = Store.open(store)
-        for word in others:
-            merged = merge_volumes(merged, opened.volumes_from(word))
-    return MountVolumes(parse_name(name) if name is not None else None, merged, cast(BindMode, bind_mode), store)
-
-
-@app.command(epilog=UMOUNT_EPILOG)
-def umount(
-    context: typer.Context,
-    mountpoints: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT|NAME...", show_default=False)],
-    lazy: Annotated[bool, typer.Option("--lazy", "-l", help="Detach now; it ends when the last user lets go.")] = False,
-    forget: Annotated[
-        bool, typer.Option("--rm", help="Forget the mount's name and volumes too; unmounted ones as well.")
-    ] = False,
-    volumes: Annotated[bool, typer.Option("-v", "--volumes", help="With --rm: remove its anonymous volumes.")] = False,
-) -> None:
+@root.command(
+    blocks=[
+        ("Examples", ["unionfs umount /mnt", "unionfs umount --lazy /mnt", "unionfs umount --rm -v web"]),
+        exit_status(),
+    ]
+)
+@click.argument(
+    "mountpoints", cls=Argument, nargs=-1, required=True, metavar="MOUNTPOINT|NAME...", shell_complete=directories
+)
+@click.option("-l", "--lazy", is_flag=True, help="Detach now; it ends when the last user lets go.")
+@click.option("--rm", "forget", is_flag=True, help="Forget the mount's name and volumes too; unmounted ones as well.")
+@click.option("-v", "--volumes", is_flag=True, help="With --rm: remove its anonymous volumes.")
+@click.pass_obj
+def umount(store: str | None, mountpoints: Sequence[str], lazy: bool, forget: bool, volumes: bool) -> None:
     """Unmount a union and return when its daemon has ended.
 
     Its volumes go first. A busy one stays, and the message names who uses it. A
@@ -282,16 +116,17 @@ def umount(
     if volumes and not forget:
         raise UsageError("-v removes anonymous volumes together with the memory of the mount: use --rm -v")
     for word in mountpoints:
-        said = unmount(word, lazy=lazy, forget=forget, anonymous=volumes, store=context.obj)
+        said = unmount(word, lazy=lazy, forget=forget, anonymous=volumes, store=store)
         if said:
             print(f"unionfs: {said}", file=sys.stderr)
 
 
-@app.command()
-def inspect(
-    context: typer.Context,
-    words: Annotated[list[str], typer.Argument(metavar="MOUNTPOINT|NAME...", show_default=False)],
-) -> None:
+@root.command()
+@click.argument(
+    "words", cls=Argument, nargs=-1, required=True, metavar="MOUNTPOINT|NAME...", shell_complete=directories
+)
+@click.pass_obj
+def inspect(store: str | None, words: Sequence[str]) -> None:
     """Print all that is known of a mount, as a JSON list.
 
     Under Mounts stand its volumes, in Docker's words; BindMode says who serves
@@ -303,7 +138,7 @@ def inspect(
     error: UnionError | None = None
     for word in words:
         try:
-            found.append(inspect_mount(word, context.obj))
+            found.append(inspect_mount(word, store))
         except UnionError as exc:
             error = error or exc
     print(json.dumps(found, indent=4))
@@ -311,10 +146,9 @@ def inspect(
         raise error
 
 
-@app.command("ls")
-def list_mounts(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each mount.")] = False,
-) -> None:
+@root.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object for each mount.")
+def list_mounts(as_json: bool) -> None:
     """List the unions that are mounted.
 
     The states: mounted; dead (the daemon was killed: unionfs umount clears it);
@@ -348,7 +182,7 @@ def list_mounts(
     _console().print(table)
 
 
-def _as_object(entry: Any) -> dict[str, Any]:
+def _as_object(entry: Entry) -> dict[str, Any]:
     fields = asdict(entry.record) if entry.record is not None else {}
     return {"mountpoint": entry.mountpoint, "state": entry.state.value} | {
         name: value for name, value in fields.items() if name not in ("mountpoint", "start", "pidns")
@@ -369,13 +203,18 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=10_000)
 
 
-@app.command()
-def doctor(
-    directory: Annotated[
-        str, typer.Argument(metavar="[DIRECTORY]", help="Where an upper shall lie.", show_default=False)
-    ] = ".",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each check.")] = False,
-) -> None:
+@root.command()
+@click.argument(
+    "directory",
+    cls=Argument,
+    default=".",
+    metavar="[DIRECTORY]",
+    shell_complete=directories,
+    explain="Where an upper shall lie.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object for each check.")
+@click.pass_context
+def doctor(ctx: click.Context, directory: str, as_json: bool) -> None:
     """Check this machine and a directory's file system.
 
     Each line says good, or what to do. Exit status 5 if mounting can't work.
@@ -395,4 +234,4 @@ def doctor(
             line.append(f"{finding.subject}: ", style="bold").append(_printable(finding.text))
             console.print(line)
     if any(finding.verdict is Verdict.BAD for finding in findings):
-        raise typer.Exit(5)
+        ctx.exit(5)

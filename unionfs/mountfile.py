@@ -23,7 +23,6 @@ unless `create = true`.
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +52,8 @@ def read_mount_file(path: str) -> MountFile:
 
     Raises UsageError for a file that can't be read or says something that makes no sense.
     """
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)

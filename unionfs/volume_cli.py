@@ -1,48 +1,42 @@
 """`unionfs volume ...`: what the arguments mean and what is printed, word for word as Docker's.
 
-The work is done by the modules below; the root command's `ctx.obj` is what `--root` says.
+The work is done by the modules below; the root command's object is what `--root` says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from unionfs.errors import EXIT_CODES, UnionError, UsageError, VolumeError, one_line
+from unionfs.clihelp import Argument, Block, Group, directories, exit_status, files
+from unionfs.errors import UnionError, UsageError, VolumeError, one_line
 from unionfs.volumemodel import DRIVER, Volume, parse_options
 
 if TYPE_CHECKING:
     from unionfs.volumes import Store
 
-volume_app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Manage volumes: named directories that outlive mounts.",
-)
+
+def _blocks(*examples: str) -> list[Block]:
+    return [("Examples", examples), exit_status((0, 2, 4, 7))]
 
 
-def _epilog(*examples: str) -> str:
-    status = [f"{code}  {EXIT_CODES[code]}" for code in (0, 2, 4, 7)]
-    blocks = (("Examples", examples), ("Exit status", status))
-    return "\n\n".join(
-        "\n".join([f"[bold]{title}[/bold]", *(f"  {line}" for line in lines)]) for title, lines in blocks
-    )
+@click.group(cls=Group)
+def volume() -> None:
+    """Manage volumes: named directories that outlive mounts."""
 
 
-def _store(ctx: typer.Context) -> Store:
+def _store(root: str | None) -> Store:
     from unionfs.volumes import Store
 
-    return Store.open(ctx.find_root().obj)
+    return Store.open(root)
 
 
 def _each(names: Sequence[str], do: Callable[[str], None]) -> None:
@@ -121,35 +115,30 @@ def _wanted(filters: dict[str, list[str]]) -> Wanted:
 
 # --- commands -------------------------------------------------------------------------------------
 
-Filters = Annotated[list[str] | None, typer.Option("--filter", metavar="KEY=VALUE", help="Repeatable, see above.")]
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)]
+filters_option = click.option("--filter", "filters", metavar="KEY=VALUE", multiple=True, help="Repeatable, see above.")
+names_argument = click.argument("names", cls=Argument, nargs=-1, required=True, metavar="NAME...")
 
 
-@volume_app.command(
-    epilog=_epilog(
+@volume.command(
+    blocks=_blocks(
         "unionfs volume create web",
         "unionfs volume create --label app=shop --label tier=db shop-db",
         "unionfs volume create -o type=none,device=/srv/data,o=bind data",
     )
 )
-def create(
-    ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
-    labels: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY[=VALUE]", help="Repeatable.", show_default=False)
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-o",
-            "--opt",
-            metavar="KEY=VALUE[,...]",
-            help="type=none, o=bind (or ro), device=DIR: the content lies in DIR. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    driver: Annotated[str, typer.Option("--driver", "-d", metavar="NAME")] = DRIVER,
-) -> None:
+@click.argument("name", cls=Argument, required=False, metavar="[NAME]")
+@click.option("--label", "labels", metavar="KEY[=VALUE]", multiple=True, help="Repeatable.")
+@click.option(
+    "-o",
+    "--opt",
+    "options",
+    metavar="KEY=VALUE[,...]",
+    multiple=True,
+    help="type=none, o=bind (or ro), device=DIR: the content lies in DIR. Repeatable.",
+)
+@click.option("-d", "--driver", metavar="NAME", default=DRIVER, show_default=True)
+@click.pass_obj
+def create(root: str | None, name: str | None, labels: Sequence[str], options: Sequence[str], driver: str) -> None:
     """Make a volume and print its name.
 
     Without NAME it is anonymous, with a name of 64 hexadecimal digits. One that
@@ -157,29 +146,33 @@ def create(
     """
     if driver != DRIVER:
         raise UsageError(f"--driver {driver}: there is only {DRIVER}")
-    asked = {key: value for key, _, value in (word.partition("=") for word in labels or [])}
+    asked = {key: value for key, _, value in (word.partition("=") for word in labels)}
     if "" in asked:
         raise UsageError("--label: write KEY=VALUE")
-    print(_store(ctx).create(name, labels=asked, options=parse_options(options or [])).name)
+    print(_store(root).create(name, labels=asked, options=parse_options(options)).name)
 
 
-@volume_app.command(
+@volume.command(
     "ls",
-    epilog=_epilog(
+    blocks=_blocks(
         "unionfs volume ls --filter dangling=true",
         "unionfs volume ls --filter label=app=shop -q",
         "unionfs volume ls --filter name=web --filter driver=local",
     ),
 )
-def list_volumes(
-    ctx: typer.Context,
-    filters: Filters = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Names only.")] = False,
-    form: Annotated[
-        str, typer.Option("--format", metavar="table|json", help="json: one object on each line.")
-    ] = "table",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, as inspect does.")] = False,
-) -> None:
+@filters_option
+@click.option("-q", "--quiet", is_flag=True, help="Names only.")
+@click.option(
+    "--format",
+    "form",
+    metavar="table|json",
+    default="table",
+    show_default=True,
+    help="json: one object on each line.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, as inspect does.")
+@click.pass_obj
+def list_volumes(root: str | None, filters: Sequence[str], quiet: bool, form: str, as_json: bool) -> None:
     """List volumes.
 
     Filters: dangling=true|false (no mount refers to it), driver=NAME,
@@ -187,10 +180,10 @@ def list_volumes(
     """
     if form not in ("table", "json"):
         raise UsageError(f"--format {form}: use table or json (for single fields: --json and jq)")
-    asked = _split_filters(filters or [], ("dangling", "driver", "label", "name"))
+    asked = _split_filters(filters, ("dangling", "driver", "label", "name"))
     dangling = {_truth("dangling", value) for value in asked.get("dangling", [])}
     only = dangling.pop() if len(dangling) == 1 else None
-    volumes = list(filter(_wanted(asked), _store(ctx).volumes(dangling=only)))
+    volumes = list(filter(_wanted(asked), _store(root).volumes(dangling=only)))
     if quiet:
         for volume in volumes:
             print(volume.name)
@@ -237,16 +230,15 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=4) + "\n")
 
 
-@volume_app.command(epilog=_epilog("unionfs volume inspect web", "unionfs volume inspect web | jq -r '.[].Mountpoint'"))
-def inspect(
-    ctx: typer.Context,
-    names: Names,
-    form: Annotated[str | None, typer.Option("--format", "-f", metavar="json", help="One object on each line.")] = None,
-) -> None:
+@volume.command(blocks=_blocks("unionfs volume inspect web", "unionfs volume inspect web | jq -r '.[].Mountpoint'"))
+@names_argument
+@click.option("-f", "--format", "form", metavar="json", help="One object on each line.")
+@click.pass_obj
+def inspect(root: str | None, names: Sequence[str], form: str | None) -> None:
     """Print what is known of volumes, as JSON."""
     if form not in (None, "json"):
         raise UsageError(f"--format {form}: use json (for single fields: jq)")
-    store = _store(ctx)
+    store = _store(root)
     found: list[dict[str, Any]] = []
     try:
         _each(names, lambda name: found.append(store.find(name).as_docker()))
@@ -258,18 +250,17 @@ def inspect(
                 print(json.dumps(one, separators=(",", ":")))
 
 
-@volume_app.command("rm", epilog=_epilog("unionfs volume rm web", "unionfs volume rm -f web old"))
-def remove(
-    ctx: typer.Context,
-    names: Names,
-    force: Annotated[bool, typer.Option("--force", "-f", help="A volume that doesn't exist is no error.")] = False,
-) -> None:
+@volume.command("rm", blocks=_blocks("unionfs volume rm web", "unionfs volume rm -f web old"))
+@names_argument
+@click.option("-f", "--force", is_flag=True, help="A volume that doesn't exist is no error.")
+@click.pass_obj
+def remove(root: str | None, names: Sequence[str], force: bool) -> None:
     """Remove volumes that no mount uses.
 
     A remembered mount that isn't running is no hindrance. What lies in a
     device=DIR stays.
     """
-    store = _store(ctx)
+    store = _store(root)
 
     def do(name: str) -> None:
         if not force or store.exists(name):
@@ -279,29 +270,28 @@ def remove(
     _each(names, do)
 
 
-@volume_app.command(
-    epilog=_epilog(
+@volume.command(
+    blocks=_blocks(
         "unionfs volume prune",
         "unionfs volume prune --all --force",
         "unionfs volume prune --filter label=temporary --filter label!=keep",
     )
 )
-def prune(
-    ctx: typer.Context,
-    everything: Annotated[bool, typer.Option("--all", "-a", help="Named volumes too.")] = False,
-    filters: Filters = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Don't ask.")] = False,
-) -> None:
+@click.option("-a", "--all", "everything", is_flag=True, help="Named volumes too.")
+@filters_option
+@click.option("-f", "--force", is_flag=True, help="Don't ask.")
+@click.pass_obj
+def prune(root: str | None, everything: bool, filters: Sequence[str], force: bool) -> None:
     """Remove anonymous volumes that no mount uses or remembers.
 
     Filters: label=KEY[=VALUE], label!=KEY[=VALUE], all=true.
     """
-    asked = _split_filters(filters or [], ("label", "label!", "all"))
+    asked = _split_filters(filters, ("label", "label!", "all"))
     everything = everything or True in {_truth("all", value) for value in asked.get("all", [])}
     if not force and not _confirmed("all" if everything else "anonymous"):
         return
     fits = _wanted(asked)
-    names, freed, errors = _store(ctx).prune(lambda volume: (everything or volume.anonymous) and fits(volume))
+    names, freed, errors = _store(root).prune(lambda volume: (everything or volume.anonymous) and fits(volume))
     if names:
         print("Deleted Volumes:", *names, "", sep="\n")
     print(f"Total reclaimed space: {_human(freed)}")
@@ -331,25 +321,23 @@ def _human(size: float) -> str:
     return f"{size:.4g}PB"
 
 
-@volume_app.command(epilog=_epilog("unionfs volume rename web web-old"))
-def rename(
-    ctx: typer.Context,
-    old: Annotated[str, typer.Argument(metavar="OLD", show_default=False)],
-    new: Annotated[str, typer.Argument(metavar="NEW", show_default=False)],
-) -> None:
+@volume.command(blocks=_blocks("unionfs volume rename web web-old"))
+@click.argument("old", cls=Argument, metavar="OLD")
+@click.argument("new", cls=Argument, metavar="NEW")
+@click.pass_obj
+def rename(root: str | None, old: str, new: str) -> None:
     """Give a volume that no mount uses another name.
 
     Mounts that are remembered find it under the new one.
     """
-    _store(ctx).rename(old, new)
+    _store(root).rename(old, new)
 
 
-@volume_app.command(epilog=_epilog("unionfs volume clone web web-test"))
-def clone(
-    ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)],
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
-) -> None:
+@volume.command(blocks=_blocks("unionfs volume clone web web-test"))
+@click.argument("source", cls=Argument, metavar="SOURCE")
+@click.argument("name", cls=Argument, metavar="NAME")
+@click.pass_obj
+def clone(root: str | None, source: str, name: str) -> None:
     """Make a volume NAME with the content and labels of SOURCE.
 
     It appears when it is complete. Where the file system can, the data is shared
@@ -374,35 +362,49 @@ def clone(
             copy_tree(origin, target, progress=count)
 
     try:
-        _store(ctx).clone(source, name, copy)
+        _store(root).clone(source, name, copy)
     except OSError as exc:
         where = os.fsdecode(exc.filename) if exc.filename is not None else source
         raise VolumeError(f"volume {source} could not be copied: {where}: {exc.strerror}") from exc
     print(name)
 
 
+def _add_alias(name: str, command: click.Command) -> None:
+    """Let a command have another name, which the help doesn't show."""
+    alias = copy.copy(command)
+    alias.hidden = True
+    volume.add_command(alias, name)
+
+
 # Docker's other names for two of them.
-volume_app.command("list", hidden=True)(list_volumes)
-volume_app.command("remove", hidden=True)(remove)
+_add_alias("list", list_volumes)
+_add_alias("remove", remove)
 
 
 # --- backup and restore ---------------------------------------------------------------------------
 
-Words = Annotated[list[str], typer.Argument(metavar="[NAME] FILE|-", show_default=False)]
-VolumesFrom = Annotated[
-    str | None,
-    typer.Option("--volumes-from", metavar="MOUNT", help="All volumes of a mount, by its name or mount point."),
-]
+words_argument = click.argument(
+    "words", cls=Argument, nargs=-1, required=True, metavar="[NAME] FILE|-", shell_complete=files
+)
+volumes_from_option = click.option(
+    "--volumes-from",
+    metavar="MOUNT",
+    shell_complete=directories,
+    help="All volumes of a mount, by its name or mount point.",
+)
 
 
-@volume_app.command(
-    epilog=_epilog(
+@volume.command(
+    blocks=_blocks(
         "unionfs volume backup web web.tar.zst",
         "unionfs volume backup web - | ssh host unionfs volume restore web -",
         "unionfs volume backup --volumes-from shop shop.tar.gz",
     )
 )
-def backup(ctx: typer.Context, words: Words, volumes_from: VolumesFrom = None) -> None:
+@words_argument
+@volumes_from_option
+@click.pass_obj
+def backup(root: str | None, words: Sequence[str], volumes_from: str | None) -> None:
     """Write the content of a volume into a tar archive.
 
     Compressed by the ending of FILE: .tar, .tar.gz, .tar.zst. With --volumes-from
@@ -411,7 +413,7 @@ def backup(ctx: typer.Context, words: Words, volumes_from: VolumesFrom = None) -
     """
     from unionfs import archive
 
-    store = _store(ctx)
+    store = _store(root)
     parts, file = _parts(store, words, volumes_from)
     with store.reading([name for _, name in parts]) as volumes, _progress("backup") as told:
         roots = [archive.Root(prefix, volume.path) for (prefix, _), volume in zip(parts, volumes, strict=True)]
@@ -423,19 +425,18 @@ def backup(ctx: typer.Context, words: Words, volumes_from: VolumesFrom = None) -
             archive.backup(roots, sys.stdout.buffer, progress=told, warn=_warn)
 
 
-@volume_app.command(
-    epilog=_epilog(
+@volume.command(
+    blocks=_blocks(
         "unionfs volume restore web web.tar.zst",
         "unionfs volume restore --force web web.tar.zst",
         "unionfs volume restore --volumes-from shop shop.tar.gz",
     )
 )
-def restore(
-    ctx: typer.Context,
-    words: Words,
-    volumes_from: VolumesFrom = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace the content of one that isn't empty.")] = False,
-) -> None:
+@words_argument
+@volumes_from_option
+@click.option("-f", "--force", is_flag=True, help="Replace the content of one that isn't empty.")
+@click.pass_obj
+def restore(root: str | None, words: Sequence[str], volumes_from: str | None, force: bool) -> None:
     """Make the content of a tar archive that of a volume.
 
     The volume is made where missing, and must not be in use. If anything fails,
@@ -443,7 +444,7 @@ def restore(
     """
     from unionfs import archive
 
-    store = _store(ctx)
+    store = _store(root)
     parts, file = _parts(store, words, volumes_from)
     if file == "-" and sys.stdin.isatty():
         raise UsageError("an archive can't be typed: give a file, or a pipe")

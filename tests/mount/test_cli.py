@@ -572,7 +572,7 @@ def test_life_of_an_ordinary_user(place: Place) -> None:
     assert (place.upper / "new").stat().st_uid == ALICE
 
 
-# --- ls, help, versions ---------------------------------------------------------------------------
+# --- ls, versions ---------------------------------------------------------------------------------
 
 
 def test_ls(place: Place) -> None:
@@ -614,21 +614,6 @@ def test_a_damaged_record_is_no_trouble(place: Place) -> None:
     assert not damaged.exists()
 
 
-@pytest.mark.parametrize("command", [[], ["mount"], ["umount"], ["ls"], ["doctor"]])
-def test_help(command: list[str]) -> None:
-    said = unionfs(*command, "--help")
-    assert said.status == 0
-    assert said.err == ""
-    assert "Usage: unionfs" in said.out
-    if command in ([], ["mount"], ["umount"]):
-        assert "Exit status" in said.out
-        assert "Examples" in said.out
-
-
 def test_version() -> None:
     said = unionfs("--version")
     assert re.fullmatch(r"unionfs \S+ \(kernel .+, libfuse 3\.\S+, pyfuse3 \S+, Python 3\.\S+\)\n", said.out)
-
-
-def test_no_command_shows_help() -> None:
-    assert "Usage: unionfs" in unionfs().out

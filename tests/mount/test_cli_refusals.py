@@ -42,8 +42,26 @@ def test_usage(place: Place) -> None:
     refused(place.mount("--log-level", "loud"), USAGE, "loud")
     refused(place.mount("--log-file", place.base / "no" / "log"), USAGE, "log file")
     refused(mount(f"{place.lower}:", place.upper, place.mnt), USAGE, "empty lower")
-    assert mount("--no-such-option").status == USAGE
-    assert unionfs("no-such-command").status == USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("mont", "'mont'|'mount'"),
+        ("no-such-command", "'no-such-command'|unionfs --help"),
+        ("--root /", "command|unionfs --help"),
+        ("mount --xyz", "'--xyz'|unionfs mount --help"),
+        ("mount --wrk x", "'--wrk'|'--work'"),
+        ("mount --work", "'--work'|argument|unionfs mount --help"),
+        ("mount --foreground=yes", "'--foreground'|value|unionfs mount --help"),
+        ("umount", "MOUNTPOINT|unionfs umount --help"),
+        ("ls x", "x|unionfs ls --help"),
+        ("volume lst", "'lst'|'ls'"),
+        ("volume rename web", "'NEW'|unionfs volume rename --help"),
+    ],
+)
+def test_words_that_make_no_sense(words: str, parts: str) -> None:
+    refused(unionfs(*words.split()), USAGE, *parts.split("|"))
 
 
 # --- layers ---------------------------------------------------------------------------------------

@@ -20,7 +20,18 @@ ORDER = [
     *("mountinfo", "control", "preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
-    *("daemon", "unmount", "inspection", "mountfile", "doctor", "volume_cli", "cli", "__main__"),
+    *(
+        "daemon",
+        "unmount",
+        "inspection",
+        "mountfile",
+        "doctor",
+        "clihelp",
+        "mount_cli",
+        "volume_cli",
+        "cli",
+        "__main__",
+    ),
 ]
 
 CORE = ORDER[1 : ORDER.index("bind") + 1]
@@ -31,7 +42,7 @@ ALLOWED = {
     "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
     "trio": {"dispatch", "following", "ops", "bind_ops", "daemon"},
     "sqlite3": {"volumedb"},
-    "typer": {"cli", "volume_cli"},
+    "click": {"clihelp", "cli", "mount_cli", "volume_cli"},
     "rich": {"cli", "volume_cli"},
 }
 
