@@ -91,7 +91,7 @@ BLOCKS: list[Block] = [
     metavar="[SRC:]DST[:OPTS]",
     multiple=True,
     help="Bind a host directory or file, or a named volume, on DST in the union; without SRC an anonymous "
-    "volume. OPTS: ro, nocopy. Repeatable.",
+    "volume. OPTS: ro, nocopy, cached. Repeatable.",
 )
 @click.option(
     "--mount",
