@@ -519,7 +519,7 @@ archives = st.lists(one_entry(), max_size=8).map(lambda entries: b"".join(entrie
 generated = settings(
     max_examples=150,
     deadline=None,
-    derandomize=False,
+    derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
