@@ -133,7 +133,6 @@ bool look_here(struct fuse_session *se, const struct fuse_buf *buf)
 static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, ino, dev, host_ino;
-	struct owned *owned;
 	unsigned int bind, handles;
 	int fd, settable, root;
 	double timeout;
@@ -141,11 +140,7 @@ static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
 	if (!PyArg_ParseTuple(args, "KiKKKIdIpp", &node, &fd, &ino, &dev, &host_ino, &bind, &timeout, &handles, &settable,
 			      &root))
 		return NULL;
-	owned = malloc(sizeof(*owned));
-	if (!owned)
-		return PyErr_NoMemory();
-	*owned = (struct owned){
-		.next = *bucket(node),
+	return add_owned(&(struct owned){
 		.node = node,
 		.ino = ino,
 		.fd = fd,
@@ -157,9 +152,7 @@ static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
 		.root = root,
 		.host_dev = dev,
 		.host_ino = host_ino,
-	};
-	*bucket(node) = owned;
-	Py_RETURN_NONE;
+	});
 }
 
 /*

@@ -108,7 +108,7 @@ struct job {
 	size_t size;
 	int mode;
 	void *data; /* owned by the job */
-	struct lazy *lazy, *lazy_out; /* what must be there first of fd and fd_out, if anything is missing (_lazy.h) */
+	struct lazy *lazy, *lazy_out; /* what must be there first of fd and fd_out, if anything is missing (lazy.h) */
 };
 
 /* Have a copy of the job done; here and now if there can't be a thread. */
@@ -153,6 +153,9 @@ struct owned {
 /* Where the list begins that has the node's descriptors. */
 struct owned **bucket(fuse_ino_t node);
 struct owned *find_owned(fuse_ino_t node);
+
+/* Keep a copy of it, before the node's others. Returns None, or NULL with Python's error set. */
+PyObject *add_owned(const struct owned *given);
 
 /* Whether such a request is served from the descriptor, which may be NULL. */
 bool can_get(const struct owned *owned, const char *name);

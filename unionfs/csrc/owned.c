@@ -211,10 +211,21 @@ void wrap_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_i
 		submit(&(struct job){.run = run_fsync, .req = req, .fd = (int)fi->fh, .mode = datasync});
 }
 
+PyObject *add_owned(const struct owned *given)
+{
+	struct owned *owned = malloc(sizeof(*owned));
+
+	if (!owned)
+		return PyErr_NoMemory();
+	*owned = *given;
+	owned->next = *bucket(given->node);
+	*bucket(given->node) = owned;
+	Py_RETURN_NONE;
+}
+
 static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, ino;
-	struct owned *owned;
 	double timeout;
 	int fd, flags, upper_dir;
 
@@ -223,20 +234,14 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 	flags = fcntl(fd, F_GETFL);
 	if (flags < 0)
 		return PyErr_SetFromErrno(PyExc_OSError);
-	owned = malloc(sizeof(*owned));
-	if (!owned)
-		return PyErr_NoMemory();
-	*owned = (struct owned){
-		.next = *bucket(node),
+	return add_owned(&(struct owned){
 		.node = node,
 		.ino = ino,
 		.fd = fd,
 		.path_only = flags & O_PATH,
 		.upper_dir = upper_dir,
 		.timeout = timeout,
-	};
-	*bucket(node) = owned;
-	Py_RETURN_NONE;
+	});
 }
 
 /* Any descriptor of the node if fd is negative. */
