@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import NoReturn
 
 from unionfs.errors import UnionError, one_line
 
@@ -21,7 +22,7 @@ def _open_standard_streams() -> None:
         sys.stderr.reconfigure(errors="backslashreplace")  # names need not be UTF-8
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line; exits with a status from `errors.EXIT_CODES`."""
     _open_standard_streams()
     from unionfs.cli import run
@@ -30,10 +31,20 @@ def main() -> None:
         status = run()
     except UnionError as error:
         print(f"unionfs: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        status = error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(status)
+        status = 130
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: Python's own end takes down module by module, a tenth of the time that `mount` takes."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # Python says so, and ends with a status of its own
+        sys.exit(status)
+    os._exit(status)
 
 
 if __name__ == "__main__":

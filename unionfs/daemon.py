@@ -21,7 +21,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -376,7 +375,7 @@ def _stderr_captured() -> Iterator[Callable[[], str]]:
     """Collect what libfuse and fusermount3 write to descriptor 2; the value returns its last line."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with os.fdopen(os.memfd_create("libfuse"), "w+b") as file:
         os.dup2(file.fileno(), 2)
 
         def said() -> str:

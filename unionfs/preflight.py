@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 
@@ -74,6 +73,8 @@ def check_environment(config: MountConfig) -> None:
         )
     if os.geteuid() == 0:
         return
+    import shutil
+
     if shutil.which("fusermount3") is None:
         raise EnvironmentUnfit("no fusermount3, which ordinary users mount with: install the package fuse3")
     if not os.path.exists(MTAB):

@@ -9,7 +9,6 @@ This module looks at nothing but its arguments; whether a source exists is for w
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -128,6 +127,8 @@ def parse_mount_words(text: str) -> VolumeSpec:
 
     Raises UsageError.
     """
+    import csv
+
     fields: dict[str, str] = {}
     for word in next(csv.reader([text]), []):
         name, equals, value = word.partition("=")

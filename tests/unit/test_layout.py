@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +49,14 @@ ALLOWED = {
     "rich": {"cli", "volume_cli"},
 }
 
+# What `unionfs mount` must not load before it has forked the daemon, if ever: each of them costs milliseconds.
+HEAVY = {
+    *("pyfuse3", "trio", "rich", "sqlite3", "importlib.metadata", "tempfile", "tomllib", "csv", "subprocess"),
+    *("unionfs.volumes", "unionfs.volume_cli", "unionfs.doctor", "unionfs.unmount", "unionfs.archive", "unionfs.union"),
+}
 
+
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package, parsed, by name."""
     files = [path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
@@ -92,3 +102,9 @@ def test_libraries_stay_in_their_rooms(library: str) -> None:
 def test_the_core_is_synchronous(name: str) -> None:
     awaits = [node for node in ast.walk(modules()[name]) if isinstance(node, ast.AsyncFunctionDef | ast.Await)]
     assert not awaits
+
+
+def test_mount_starts_with_little() -> None:
+    code = "import sys, unionfs.cli, unionfs.mount_cli, unionfs.daemon, unionfs.preflight; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
