@@ -42,7 +42,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from unionfs import acl, sysio
+from unionfs import acl, protect, sysio
 from unionfs.dirops import Caller
 from unionfs.union import Changes, check_clearing, clear_suidgid, in_group, mode_without_suidgid
 
@@ -730,6 +730,19 @@ class Binds:
             if st.st_mode & stat.S_ISGID and not in_group(who, st.st_gid):
                 os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
         os.setxattr(path, name, value, flags)
+
+    def inode_flags(self, node: BindNode, command: int, data: bytes) -> bytes:
+        """Get or set inode flags or project attributes; *command* and *data* are those of ioctl(2)."""
+        if command in protect.SET:
+            _check_writable(node)
+        fd = os.open(sysio.fd_path(node.fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if command in protect.GET:
+                return protect.read_flags(fd, command)
+            protect.write_flags(fd, command, data)
+            return b""
+        finally:
+            os.close(fd)
 
     def removexattr(self, node: BindNode, name: str) -> None:
         """Remove an extended attribute."""

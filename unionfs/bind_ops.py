@@ -31,7 +31,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
-from unionfs import native
+from unionfs import native, protect
 from unionfs.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
 from unionfs.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.config import MountConfig
@@ -457,6 +457,16 @@ class BindingOperations(UnionOperations):
         if root is None:
             return super()._reply_entry(token, handle, entry, position)
         return self._reply_bound(token, entry.name, root, self._binds.stat(root), position)
+
+    # -- inode flags --
+
+    def _flags_now(self, inode: int, command: int, data: bytes) -> bytes:
+        """Those of bind paths are the host's objects' own, which the host's file system sees to."""
+        if is_bind(inode):
+            return self._binds.inode_flags(self._binds.node(inode), command, data)
+        if command in protect.SET:
+            self._check_union()
+        return super()._flags_now(inode, command, data)
 
     # -- extended attributes --
 

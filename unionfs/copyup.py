@@ -30,7 +30,7 @@ from typing import Final
 
 from unionfs import sysio
 from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
-from unionfs.markers import encode_nlink, get_xattr, list_xattrs
+from unionfs.markers import encode_nlink, encode_protattr, get_xattr, list_xattrs
 from unionfs.tree import STRIP_OPEN, Tree
 from unionfs.workdir import WorkDir, set_impure
 
@@ -39,7 +39,11 @@ OFFLOAD_BYTES: Final = 4 << 20
 _CAPABILITY: Final = "security.capability"
 _MUST_COPY: Final = ("security.", "system.posix_acl_")
 _SECOND: Final = 1_000_000_000
-_FS_SYNC, _FS_IMMUTABLE, _FS_APPEND, _FS_NOATIME = 0x08, 0x10, 0x20, 0x80
+_COPIED_FLAGS: Final = sysio.FS_SYNC | sysio.FS_NOATIME  # OVL_COPY_FS_FLAGS_MASK
+_PROTECTION: Final = sysio.FS_IMMUTABLE | sysio.FS_APPEND
+# Flags that say how the file system stores a file (extents, inline data): not anybody's wish.
+_STORAGE_FLAGS: Final = 0x80000 | 0x10000000
+_NO_FLAGS: Final = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
 
 
 class DataCopyPending(Exception):
@@ -350,7 +354,7 @@ class CopyUp:
 
         Left out is what is seldom big: what writing would clear (suid, capabilities), which would have to be kept apart
         from the lower file's, hard links, and files without a name; and metacopies whose number is that of the upper
-        file, since another one is to take its place.
+        file, or that have flags of their own, since another one is to take its place.
         """
         if self.follow_from is None or size < self.follow_from or node.flags & (UNLINKED | INDEXED):
             return False
@@ -358,6 +362,8 @@ class CopyUp:
         if st.st_nlink > 1 or st.st_mode & (stat.S_ISUID | stat.S_ISGID) or node.parent is None:
             return False
         if node.flags & UPPER and node.ino == self.tree.inodes.map_ino(self.tree.layers.layer(0).device, node.rino):
+            return False
+        if node.flags & UPPER and self._flags_at(self.tree.path(node)) & ~(_COPIED_FLAGS | _STORAGE_FLAGS):
             return False
         return _CAPABILITY not in list_xattrs(self.tree.path(node))
 
@@ -628,26 +634,39 @@ class CopyUp:
         """Keep append-only and immutable in an attribute, sync and noatime as flags (``ovl_copy_fileattr``)."""
         if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
             return
-        try:
-            fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return
-        try:
-            flags = sysio.get_inode_flags(fd)
-        finally:
-            os.close(fd)
-        protection = (b"a" if flags & _FS_APPEND else b"") + (b"i" if flags & _FS_IMMUTABLE else b"")
-        if protection:
-            with contextlib.suppress(PermissionError):
-                os.setxattr(target, self.tree.fmt.protattr, protection)
-        if flags & (_FS_SYNC | _FS_NOATIME):
+        flags = self._flags_at(source)
+        if flags & _PROTECTION:
+            try:
+                os.setxattr(target, self.tree.fmt.protattr, encode_protattr(flags))
+            except OSError as exc:
+                if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+        if flags & _COPIED_FLAGS:
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                mine = sysio.get_inode_flags(fd)
-                with contextlib.suppress(OSError):
-                    sysio.set_inode_flags(fd, mine | (flags & (_FS_SYNC | _FS_NOATIME)))
+                mine = sysio.get_inode_flags(fd) & ~_COPIED_FLAGS
+                sysio.set_inode_flags(fd, mine | (flags & _COPIED_FLAGS))
+            except OSError as exc:
+                if exc.errno not in _NO_FLAGS and exc.errno != errno.EPERM:
+                    raise
             finally:
                 os.close(fd)
+
+    @staticmethod
+    def _flags_at(path: bytes) -> int:
+        """Return the inode flags of a file or directory; 0 where it can't be opened, or has none."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            return sysio.get_inode_flags(fd)
+        except OSError as exc:
+            if exc.errno not in _NO_FLAGS:
+                raise
+            return 0
+        finally:
+            os.close(fd)
 
     @staticmethod
     def _set_mode_and_times(st: os.stat_result, fd: int) -> None:

@@ -39,6 +39,7 @@ Answer = bytes | int | None
 
 # FUSE_SETATTR's `valid`.
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH, _ATIME_NOW, _MTIME_NOW = (1 << bit for bit in range(9))
+_TOUCHED: Final = _ATIME_NOW | _MTIME_NOW
 
 _KEEP_CACHE: Final = 1 << 1
 _CACHE_DIR: Final = 1 << 3
@@ -313,6 +314,7 @@ class Direct:
             size=size if valid & _SIZE else None,
             atime=_time(valid, _ATIME, _ATIME_NOW, atime, atime_ns),
             mtime=_time(valid, _MTIME, _MTIME_NOW, mtime, mtime_ns),
+            touched=valid & _TOUCHED == _TOUCHED,
         )
         try:
             handle = fh if valid & _FH else -1

@@ -18,9 +18,22 @@ from typing import Final, NamedTuple
 from unionfs import acl, sysio
 from unionfs.config import MountConfig
 from unionfs.copyup import CopyUp
-from unionfs.inodes import IMPURE, INDEXED, META, OPAQUE, ORIGIN, REDIRECT, UNLINKED, UPPER, Dir, Node
+from unionfs.inodes import (
+    IMPURE,
+    INDEXED,
+    META,
+    OPAQUE,
+    ORIGIN,
+    PROTECTION_KNOWN,
+    REDIRECT,
+    UNLINKED,
+    UPPER,
+    Dir,
+    Node,
+)
 from unionfs.listing import Lister
 from unionfs.markers import REDIRECT_MAX, WH_PREFIX, get_xattr
+from unionfs.protect import Protection
 from unionfs.tree import Tree
 from unionfs.workdir import WorkDir, set_impure
 
@@ -44,7 +57,8 @@ def _error(code: int, name: bytes | None = None) -> OSError:
 class DirOps:
     """Changes directories of one mount."""
 
-    def __init__(self, config: MountConfig, tree: Tree, up: CopyUp, lister: Lister) -> None:
+    def __init__(self, config: MountConfig, tree: Tree, up: CopyUp, lister: Lister, protection: Protection) -> None:
+        self._protection = protection
         self._tree = tree
         self._up = up
         self._lister = lister
@@ -86,6 +100,7 @@ class DirOps:
         """Create an object with the owner, mode and ACLs that the kernel would give it (``ovl_create_object``)."""
         work = self._work()
         self._check_name(name)
+        self._protection.check_write(parent)
         self._up.directory(parent)
         upper = self._tree.dirfds.upper(parent)
         plan = self._plan(parent, upper, mode, who)
@@ -130,7 +145,7 @@ class DirOps:
         )
         parent.version += 1
         node.rino = st.st_ino
-        node.flags = UPPER | (OPAQUE if opaque else 0)
+        node.flags = UPPER | PROTECTION_KNOWN | (OPAQUE if opaque else 0)
         if isinstance(node, Dir):
             node.stack = (0,)
         self._tree.inodes.note_upper(node)
@@ -198,6 +213,8 @@ class DirOps:
         """Give a file one more name (``ovl_link``)."""
         work = self._work()
         self._check_name(name)
+        self._protection.check_write(parent)
+        self._protection.check_change(node)
         self._up.node(node, data=bool(node.flags & UNLINKED))
         self._up.directory(parent)
         if node.flags & META:
@@ -231,6 +248,7 @@ class DirOps:
         node = self._tree.need(parent, name)
         if node.is_dir:
             raise _error(errno.EISDIR, name)
+        self._protection.check_remove(parent, node)
         self._up.idle(node)
         self._up.directory(parent)
         self._before_unlink(node, parent, name)
@@ -315,6 +333,7 @@ class DirOps:
         node = self._tree.need(parent, name)
         if not isinstance(node, Dir):
             raise _error(errno.ENOTDIR, name)
+        self._protection.check_remove(parent, node)
         positive = self._tree.resolver.lower_positive(parent, name)
         if not node.is_pure_upper or positive:
             self._require_empty(node)
@@ -415,6 +434,7 @@ class DirOps:
             raise _error(errno.EEXIST, new_name)
         if old is new:
             return
+        self._check_protection(old, old_dir, new, new_dir)
         self._check_types(old, new, new_name, exchange=exchange)
         self._can_move(old)
         if exchange and new is not None:
@@ -442,6 +462,13 @@ class DirOps:
                 new_name,
                 leave_whiteout=bool(flags & sysio.RENAME_WHITEOUT),
             )
+
+    def _check_protection(self, old: Node, old_dir: Dir, new: Node | None, new_dir: Dir) -> None:
+        self._protection.check_remove(old_dir, old)
+        if new is None:
+            self._protection.check_write(new_dir)
+        else:
+            self._protection.check_remove(new_dir, new)
 
     @staticmethod
     def _check_types(old: Node, new: Node | None, name: bytes, *, exchange: bool) -> None:

@@ -25,7 +25,7 @@ from typing import Final
 
 from unionfs import native
 from unionfs.dirfds import Watcher
-from unionfs.inodes import INDEXED, META, UPPER, Dir, Node
+from unionfs.inodes import APPEND_ONLY, IMMUTABLE, INDEXED, META, UPPER, Dir, Node
 
 WORTH_BYTES: Final = 128 << 10
 
@@ -33,6 +33,7 @@ _MOST_IDLE: Final = 4096
 """How many handles of lower files are kept for whoever reads them next (see csrc/readers.c)."""
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
+_DECIDED: Final = UPPER | META | INDEXED | IMMUTABLE | APPEND_ONLY
 
 
 class NativeDirectories(Watcher):
@@ -105,7 +106,7 @@ class Handles:
             if self._modes.opened(node.id, fd, allowed=passing) and flags & os.O_ACCMODE == os.O_RDWR:
                 self._mappers.setdefault(node.id, set()).add(fd)
                 stale = True
-        if node.flags & (UPPER | META | INDEXED) == UPPER:
+        if node.flags & _DECIDED == UPPER:
             native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._mappers else self._timeout)
         return stale
 

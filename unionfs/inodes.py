@@ -32,6 +32,9 @@ REDIRECT: Final = 32  # has a redirect attribute
 OPAQUE: Final = 64  # a directory that is marked opaque in upper
 IMPURE: Final = 128  # an upper directory known to carry the impure mark
 BROKEN_LINK: Final = 256  # a lower hard link that copy-up will separate: identified by its name
+IMMUTABLE: Final = 512  # chattr +i; it and the next are right once PROTECTION_KNOWN is set
+APPEND_ONLY: Final = 1024  # chattr +a
+PROTECTION_KNOWN: Final = 2048
 
 _FSID_SHIFT: Final = 55
 _INO_MASK: Final = (1 << _FSID_SHIFT) - 1

@@ -29,6 +29,8 @@ import struct
 import sys
 from typing import Final, NamedTuple
 
+from unionfs.sysio import FS_APPEND, FS_IMMUTABLE
+
 WH_PREFIX: Final = b".wh."
 WH_OPAQUE: Final = b".wh..wh..opq"
 REDIRECT_MAX: Final = 256
@@ -39,6 +41,7 @@ _FB_BIG_ENDIAN: Final = 0x01
 _FB_ANY_ENDIAN: Final = 0x02
 _FB_PATH_UPPER: Final = 0x04
 _FB_HEAD: Final = struct.Struct("BBBBB16s")
+_PROTECTIONS: Final = {ord("a"): FS_APPEND, ord("i"): FS_IMMUTABLE}
 _CPU_ENDIAN: Final = 0 if sys.byteorder == "little" else _FB_BIG_ENDIAN
 
 
@@ -100,6 +103,22 @@ def decode_nlink(value: bytes, upper_nlink: int, lower_nlink: int) -> int | None
     except ValueError:
         return None
     return total if base is not None and total > 0 else None
+
+
+def encode_protattr(flags: int) -> bytes:
+    """Return the value of a protattr attribute for FS_APPEND and FS_IMMUTABLE (``ovl_set_protattr``)."""
+    return (b"a" if flags & FS_APPEND else b"") + (b"i" if flags & FS_IMMUTABLE else b"")
+
+
+def decode_protattr(value: bytes) -> int:
+    """Return FS_APPEND and FS_IMMUTABLE as a protattr attribute has them; 0 for a malformed one."""
+    flags = 0
+    for letter in value:
+        flag = _PROTECTIONS.get(letter)
+        if flag is None:
+            return 0
+        flags |= flag
+    return flags
 
 
 class Format:

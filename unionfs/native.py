@@ -7,9 +7,9 @@ slowly: `active` is False then.
 
 What the layer does by itself once `active` is True:
 
-- READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, the reading ioctls (inode flags, project) of files, and FLUSH never
-  reach Python. What may take long of it (reads that the host has not cached, allocating, copying) is done by threads of
-  the layer's own.
+- READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE and FLUSH never reach Python; ioctls (inode flags, project) do only
+  where `set_ioctl_handler` says so. What may take long (reads that the host has not cached, allocating, copying) is
+  done by threads of the layer's own.
 - Lookups and listings of one directory come in parallel (FUSE_PARALLEL_DIROPS).
 - The kernel does not apply the umask (`FUSE_DONT_MASK`): the operations must, unless a default ACL overrides it.
 - Symlink targets are cached, data caches are dropped only on `pyfuse3.invalidate_inode`; see `auto_invalidate`.
@@ -121,12 +121,12 @@ def kill_suidgid(uid: int) -> bool:
 
 
 def set_ioctl_handler(handler: Callable[[object, int, int, int, bytes], None] | None) -> None:
-    """Set who answers FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR of anything, and the reading ones of directories.
+    """Set who answers FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR.
 
     The handler is called on the loop's thread with a request to answer, the node id, the handle number, the command,
     and the data given (4 bytes of flags, or a struct fsxattr; empty for the reading ones). It must not wait, but may
-    start a task. A request that is dropped without an answer fails with EIO. Without a handler these ioctls fail with
-    ENOTTY; all others always do.
+    start a task. A request that is dropped without an answer fails with EIO. Without a handler the reading ones of
+    files are answered on the handle's descriptor, the others fail with ENOTTY, as everything else always does.
     """
     if _module is not None:
         _module.set_ioctl_handler(handler)

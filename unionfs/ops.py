@@ -23,7 +23,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from unionfs import native
+from unionfs import native, protect
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.direct import Direct
@@ -72,6 +72,8 @@ def wanted_changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
         size=attr.st_size if fields.update_size else None,
         atime=attr.st_atime_ns if fields.update_atime else None,
         mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        # pyfuse3 doesn't say which times are to be now; if both, they are the same to the nanosecond.
+        touched=fields.update_atime and fields.update_mtime and attr.st_atime_ns == attr.st_mtime_ns,
     )
 
 
@@ -111,6 +113,7 @@ class UnionOperations(pyfuse3.Operations):
         self.answering.set()
         self._native = native.active()
         native.ignore_sync(self._union.config.volatile)
+        native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()
         if self._native:
             self._tree.dirfds.watcher = NativeDirectories(self._timeout)
@@ -129,7 +132,8 @@ class UnionOperations(pyfuse3.Operations):
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
-        await self._following.run(task_status)
+        async with trio.open_nursery() as self._nursery:
+            await self._following.run(task_status)
 
     async def finish(self) -> None:
         """Wait until all that was written is where it belongs, before the mount ends on a signal."""
@@ -497,6 +501,45 @@ class UnionOperations(pyfuse3.Operations):
             setattr(data, field, getattr(real, field))
         data.f_namemax = real.f_namemax
         return data
+
+    # -- inode flags --
+
+    def inode_flags(self, request: object, inode: int, fh: int, command: int, data: bytes) -> None:
+        """Get or set inode flags or project attributes, as the native layer asks for it (``native``)."""
+        try:
+            answer = self._flags_now(inode, command, data)
+        except DataCopyPending as pending:
+            self._nursery.start_soon(self._set_flags_later, request, pending.job, inode, command, data)
+            return
+        except OSError as exc:
+            native.answer_ioctl(request, exc.errno or errno.EIO)
+            return
+        native.answer_ioctl(request, 0, answer)
+
+    def _flags_now(self, inode: int, command: int, data: bytes) -> bytes:
+        """Raises DataCopyPending, before anything was done."""
+        node = self._union.node(inode)
+        if command in protect.GET:
+            return self._union.protection.get(node, command)
+        try:
+            self._union.protection.set(node, command, data)
+        finally:
+            if self._union.up.notify_changed:
+                self._invalidate_changed()
+        if node.handles and self._tree.protection(node):
+            native.disown_attributes(node.id)  # who sets them must ask from now on
+        return b""
+
+    async def _set_flags_later(self, request: object, job: DataCopy, inode: int, command: int, data: bytes) -> None:
+        """Go on once the data is up; a nursery's task, so nothing may be raised."""
+        try:
+            await self._settle(job)
+        except OSError as exc:
+            native.answer_ioctl(request, exc.errno or errno.EIO)
+        except Exception:
+            log.exception("setting inode flags failed")  # the request is dropped, which is EIO
+        else:
+            self.inode_flags(request, inode, 0, command, data)
 
     # -- extended attributes --
 

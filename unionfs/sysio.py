@@ -4,7 +4,7 @@ The rest of the core speaks in *(dirfd, name)*: a descriptor of a directory and 
 joined path, so that nothing can be swapped for a symbolic link between two steps and no path is ever too long.
 What the `os` module offers on that form is used directly; this room adds what it lacks: ``renameat2``,
 ``openat2``, ``open_tree``, file handles, ``getdents64``, extended attributes of an entry that is not open,
-``utimensat`` with ``UTIME_OMIT``, cloning and hole-preserving copies, and another user's identity.
+``utimensat`` with ``UTIME_OMIT``, inode flags, cloning and hole-preserving copies, and another user's identity.
 
 All functions raise plain :class:`OSError` with the errno of the call.
 """
@@ -39,6 +39,7 @@ __all__ = [
     "fd_path",
     "file_handle",
     "file_system_uuid",
+    "get_fsxattr",
     "get_inode_flags",
     "getdents",
     "linkat_fd",
@@ -47,7 +48,9 @@ __all__ = [
     "open_beneath",
     "open_by_handle",
     "open_in_root",
+    "protected",
     "rename",
+    "set_fsxattr",
     "set_inode_flags",
     "set_mount",
     "sync_file_system",
@@ -292,25 +295,55 @@ def utimens_fd(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
     utimens_at(AT_FDCWD, fd_path(fd), atime_ns, mtime_ns, follow=True)
 
 
-_FS_IOC_GETFLAGS: Final = 0x80086601
-_FS_IOC_SETFLAGS: Final = 0x40086602
+# -- inode flags --
+
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
+
+FS_SYNC: Final = 0x08
+FS_IMMUTABLE: Final = 0x10
+FS_APPEND: Final = 0x20
+FS_NOATIME: Final = 0x80
 
 
 def get_inode_flags(fd: int) -> int:
-    """Return the ``FS_*_FL`` flags of an open file; 0 where the file system has none."""
+    """Return the ``FS_*_FL`` flags of an open file. Raises ENOTTY or EOPNOTSUPP where the file system has none."""
     buffer = bytearray(8)
-    try:
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, buffer)
-    except OSError as exc:
-        if exc.errno in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
-            return 0
-        raise
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
     return int(struct.unpack_from("I", buffer)[0])
 
 
 def set_inode_flags(fd: int, flags: int) -> None:
     """Set the ``FS_*_FL`` flags of an open file."""
-    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("L", flags))
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("L", flags))
+
+
+def get_fsxattr(fd: int) -> bytes:
+    """Return the ``struct fsxattr`` of an open file: flags in another form, and its project."""
+    buffer = bytearray(28)
+    fcntl.ioctl(fd, FS_IOC_FSGETXATTR, buffer)
+    return bytes(buffer)
+
+
+def set_fsxattr(fd: int, value: bytes) -> None:
+    """Set what ``get_fsxattr`` returns."""
+    fcntl.ioctl(fd, FS_IOC_FSSETXATTR, value)
+
+
+_statx = getattr(_libc, "statx", None)
+_statx_buffer = ctypes.create_string_buffer(256)
+_statx_attributes = struct.Struct("Q").unpack_from
+if _statx is not None:
+    _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+
+
+def protected(path: bytes, *, follow: bool) -> int:
+    """Return which of FS_IMMUTABLE and FS_APPEND an object has, without opening it; 0 where that can't be told."""
+    if _statx is None or _statx(AT_FDCWD, path, 0 if follow else AT_SYMLINK_NOFOLLOW, 0, _statx_buffer) != 0:
+        return 0
+    return int(_statx_attributes(_statx_buffer, 8)[0]) & (FS_IMMUTABLE | FS_APPEND)  # STATX_ATTR_* are the same bits
 
 
 # -- file handles and file system identity --

@@ -20,12 +20,15 @@ from unionfs import sysio
 from unionfs.config import MountConfig
 from unionfs.dirfds import DirFds
 from unionfs.inodes import (
+    APPEND_ONLY,
     BROKEN_LINK,
+    IMMUTABLE,
     IMPURE,
     INDEXED,
     META,
     OPAQUE,
     ORIGIN,
+    PROTECTION_KNOWN,
     REDIRECT,
     UNLINKED,
     UPPER,
@@ -34,7 +37,7 @@ from unionfs.inodes import (
     Node,
 )
 from unionfs.layers import LayerStack
-from unionfs.markers import Format, decode_nlink, get_xattr
+from unionfs.markers import Format, decode_nlink, decode_protattr, get_xattr
 from unionfs.resolve import Found, Resolver, where_tuple
 from unionfs.workdir import WorkDir, set_impure
 
@@ -161,6 +164,10 @@ class Tree:
             self._attach_index(node, found)
         if upper:
             self.inodes.note_upper(node)
+            if self.fmt.protattr in found.xattrs or node.flags & INDEXED:
+                self.protection(node)
+            else:
+                node.flags |= PROTECTION_KNOWN
         return node
 
     def _will_break(self, found: Found) -> bool:
@@ -233,6 +240,32 @@ class Tree:
             return os.stat(node.name, dir_fd=self.dirfds.fds(node.parent)[self._at(node)], follow_symlinks=False)
         dirfd, name = self.place(node)
         return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+
+    def protection(self, node: Node) -> int:
+        """Return IMMUTABLE and APPEND_ONLY as the union shows them; looked up once (``ovl_check_protattr``)."""
+        if not node.flags & PROTECTION_KNOWN:
+            self.set_protection(node, self._real_protection(node))
+        return node.flags & (IMMUTABLE | APPEND_ONLY)
+
+    @staticmethod
+    def set_protection(node: Node, inode_flags: int) -> None:
+        """Note which of FS_IMMUTABLE and FS_APPEND a node has."""
+        node.flags &= ~(IMMUTABLE | APPEND_ONLY)
+        node.flags |= (
+            PROTECTION_KNOWN
+            | (IMMUTABLE if inode_flags & sysio.FS_IMMUTABLE else 0)
+            | (APPEND_ONLY if inode_flags & sysio.FS_APPEND else 0)
+        )
+
+    def _real_protection(self, node: Node) -> int:
+        """A lower object's is its own; an upper one has it in an attribute, so that it can be renamed and linked."""
+        if node.fmt not in (stat.S_IFREG, stat.S_IFDIR):
+            return 0
+        path, follow = self.path(node), self.follow(node)
+        if not node.flags & UPPER:
+            return sysio.protected(path, follow=follow)
+        value = get_xattr(path, self.fmt.protattr, follow=follow)
+        return decode_protattr(value) if value else 0
 
     @staticmethod
     def _at(node: Dir) -> int:

@@ -33,6 +33,7 @@ from unionfs.layers import LayerStack
 from unionfs.listing import Lister
 from unionfs.markers import Format
 from unionfs.merge import Entry
+from unionfs.protect import Protection
 from unionfs.resolve import Resolver
 from unionfs.tree import Tree
 from unionfs.workdir import WorkDir
@@ -44,7 +45,10 @@ _FINISHED: Final = os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # to open with these a c
 
 
 class Changes(NamedTuple):
-    """What :meth:`Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds."""
+    """What :meth:`Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds.
+
+    *touched* says that both times are to be now, which takes other rights than setting them.
+    """
 
     mode: int | None = None
     uid: int | None = None
@@ -52,6 +56,7 @@ class Changes(NamedTuple):
     size: int | None = None
     atime: int | None = None
     mtime: int | None = None
+    touched: bool = False
 
 
 _NOTHING: Final = Changes()
@@ -100,7 +105,8 @@ class Union:
         self.tree = Tree(config, layers, self.dirfds, self.inodes, resolver, work, fmt)
         self.up = CopyUp(self.tree, metacopy=config.metacopy, volatile=config.volatile)
         self.lister = Lister(self.tree)
-        self.dirs = DirOps(config, self.tree, self.up, self.lister)
+        self.protection = Protection(self.tree, self.up)
+        self.dirs = DirOps(config, self.tree, self.up, self.lister, self.protection)
         self.open_files: dict[int, Node] = {}
         self._listings: OrderedDict[Dir, tuple[int, list[int], list[Entry]]] = OrderedDict()
         self._closed = False
@@ -219,6 +225,8 @@ class Union:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if self.config.volatile:
             flags &= ~(os.O_SYNC | os.O_DSYNC)
+        if flags & _WRITE:
+            self.protection.check_open(node, flags)
         job = node.job
         if isinstance(job, DataCopy) and job.follows and not flags & _FINISHED:
             fd = job.open(flags)
@@ -288,6 +296,7 @@ class Union:
         """
         if changes == _NOTHING and who is not None:
             check_clearing(self.tree.stat(node), who, node.handles or ())
+        self._check_protection(node, changes, by_handle=fd in self.open_files)
         self.up.node(node, data=changes.size is not None, size=changes.size)
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
@@ -308,6 +317,16 @@ class Union:
                 dirfd, name = self.tree.place(node)
                 sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
         return self.tree.stat(node)
+
+    def _check_protection(self, node: Node, changes: Changes, *, by_handle: bool) -> None:
+        if changes.mode is not None or changes.uid is not None or changes.gid is not None:
+            self.protection.check_change(node)
+        if changes.size is not None:
+            self.protection.check_size(node, by_handle=by_handle)
+        elif changes.touched:
+            self.protection.check_write(node)
+        elif changes.atime is not None or changes.mtime is not None:
+            self.protection.check_change(node)
 
     def _chmod(self, node: Node, mode: int) -> None:
         bits = stat.S_IMODE(mode)
@@ -348,6 +367,7 @@ class Union:
 
     def setxattr(self, node: Node, name: str, value: bytes, flags: int, who: Caller) -> None:
         """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
+        self.protection.check_change(node)
         self._need_upper(node)
         if name == acl.ACCESS and who.uid:
             self._drop_foreign_sgid(node, who)
@@ -371,6 +391,7 @@ class Union:
 
     def removexattr(self, node: Node, name: str) -> None:
         """Remove an extended attribute; a lower object that hasn't got it isn't copied up (ENODATA)."""
+        self.protection.check_change(node)
         disk = self.fmt.to_disk(name)
         if not node.is_upper:
             os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))

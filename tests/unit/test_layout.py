@@ -18,7 +18,7 @@ PACKAGE = Path(unionfs.__file__).parent
 # Bottom to top. `_native` is the C extension, which imports nothing.
 ORDER = [
     *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
-    *("workdir", "resolve", "tree", "listing", "copyup", "index", "dirops", "union", "bind"),
+    *("workdir", "resolve", "tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind"),
     *("native", "wire", "dispatch", "handles", "following", "direct", "bind_direct", "ops", "bind_ops"),
     *("mountinfo", "control", "preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),

@@ -10,10 +10,13 @@ from unionfs.markers import (
     Format,
     decode_handle,
     decode_nlink,
+    decode_protattr,
     encode_handle,
     encode_nlink,
+    encode_protattr,
     parse_redirect,
 )
+from unionfs.sysio import FS_APPEND, FS_IMMUTABLE
 
 UUID = bytes(range(16))
 
@@ -88,3 +91,11 @@ def test_own_attributes_are_hidden_and_a_users_are_escaped() -> None:
     for other in ("user.overlay.opaque", "trusted.overlayx", "user.a"):
         assert fmt.to_disk(other) == fmt.to_user(other) == other
     assert Format(userxattr=True).to_user("user.overlay.origin") is None
+
+
+def test_protattr() -> None:
+    for flags, value in ((0, b""), (FS_APPEND, b"a"), (FS_IMMUTABLE, b"i"), (FS_APPEND | FS_IMMUTABLE, b"ai")):
+        assert encode_protattr(flags) == value
+        assert decode_protattr(value) == flags
+    assert decode_protattr(b"ia") == FS_APPEND | FS_IMMUTABLE
+    assert decode_protattr(b"az") == 0, "of another version"

@@ -1,7 +1,7 @@
 /*
- * Inode flags and project attributes. The kernel opens the file read-only for these, so the descriptor may belong to a
- * lower layer: only reading is served on it. To set them takes a copy-up, and a directory's handle is no descriptor:
- * that is asked of Python's handler, which gets the request as a capsule and answers it now or later.
+ * Inode flags and project attributes. They are the union's to say (immutable is kept in an attribute, a metacopy's are
+ * not those of its data), to set them takes a copy-up, and a directory's handle is no descriptor: Python's handler gets
+ * the request as a capsule and answers it now or later. Without a handler reading is served on the descriptor.
  */
 #include "native.h"
 
@@ -93,10 +93,10 @@ void serve_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned int cmd, void *arg UNU
 	bool set = cmd == FS_IOC_SETFLAGS || cmd == FS_IOC_FSSETXATTR;
 
 	counters[IOCTL]++;
-	if (get && !(flags & FUSE_IOCTL_DIR))
-		get_inode_flags(req, cmd, lazy_source(ino, (int)fi->fh), out_size);
-	else if ((get || set) && ioctl_handler)
+	if ((get || set) && ioctl_handler)
 		ask_python(req, ino, cmd, fi, in, in_size);
+	else if (get && !(flags & FUSE_IOCTL_DIR))
+		get_inode_flags(req, cmd, lazy_source(ino, (int)fi->fh), out_size);
 	else
 		fuse_reply_err(req, ENOTTY);
 }
