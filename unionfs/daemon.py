@@ -257,6 +257,7 @@ class _Life:
             raise MountFailed(f"the mount on {mountpoint} does not answer") from None
         if self.volumes:
             await self._bind_volumes(operations)
+        operations.patience.begin()
         self.record_path = self._write_record()
         self.ready()
         log.info("%s: mounted", mountpoint)
