@@ -411,6 +411,8 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read from an open file; with the native layer this is served there."""
+        if self.patience.needed and not self._union.open_files[fh].is_upper:
+            return await trio.to_thread.run_sync(os.pread, fh, size, off)
         return os.pread(fh, size, off)
 
     @handler

@@ -92,7 +92,8 @@ class Answer:
 
     def __init__(self, value: Any, error: OSError | None = None) -> None:
         self.value = value
-        self.error = error
+        # Without the frames that it went through: they know the question, and with it a descriptor.
+        self.error = None if error is None else error.with_traceback(None)
 
     def give(self) -> Any:
         """Return the value, or raise the error."""

@@ -150,18 +150,20 @@ def test_others_are_answered_while_the_server_is_away(far: Far) -> None:
     (root / "own").stat()
     os.kill(far.server, signal.SIGSTOP)
     try:
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(150) as pool:
             waiting = [pool.submit(walk, root / f"part{number}") for number in range(4)]
             waiting += [pool.submit(lambda: len((root / "small").read_bytes())) for _ in range(2)]
+            absent = [pool.submit(os.path.lexists, root / f"no-{number}") for number in range(130)]
             try:
                 time.sleep(0.3)
                 for number in range(50):
                     assert (root / "own" / "n").read_bytes() == b"near"
                     (root / "own" / f"x{number}").write_bytes(b"x")
-                assert not any(future.done() for future in waiting)
+                assert not any(future.done() for future in waiting + absent)
             finally:
                 os.kill(far.server, signal.SIGCONT)
             assert [future.result(60) for future in waiting] == [8, 8, 8, 8, 7, 7]
+            assert not any(future.result(60) for future in absent)
     finally:
         os.kill(far.server, signal.SIGCONT)
 
