@@ -7,13 +7,12 @@ up only who wants its answer; the end of the mount doesn't wait for it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import Final, ParamSpec, TypeVar
 
 import trio
 
-from unionfs.slow import Answers, Attempt, Door, Key, Question, WouldBlock, attempting
+from unionfs.slow import Answers, Attempt, Door, Key, Question, WouldBlock, attempting, close_anyway
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +50,7 @@ class Patience:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
-            self._door.aside = os.close
+            self._door.aside = close_anyway
 
     def begin(self) -> None:
         """From now on the core may leave questions to be answered."""
@@ -105,9 +104,9 @@ class Patience:
     def _close(self, fd: int) -> None:
         nursery = self._nursery
         if nursery is None:
-            os.close(fd)
+            close_anyway(fd)
         else:
             nursery.start_soon(self._close_in_thread, fd)
 
     async def _close_in_thread(self, fd: int) -> None:
-        await trio.to_thread.run_sync(os.close, fd, limiter=self._closing, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(close_anyway, fd, limiter=self._closing, abandon_on_cancel=True)

@@ -34,7 +34,7 @@ import os
 import stat as stat_module
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol, TypeVar
 
 from unionfs import sysio
@@ -80,6 +80,12 @@ class SlowPath(bytes):
 
 def _path(fd: int, name: bytes) -> bytes:
     return sysio.entry_path(fd, name) if name else sysio.fd_path(fd)
+
+
+def close_anyway(fd: int) -> None:
+    """Close a descriptor of data that was read: what a server has to say about that (it may be gone) is no error."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 # -- answers and questions --
@@ -335,7 +341,7 @@ class SlowDoor:
             remember: whether answers may outlast the operation that asked.
         """
         self.waits = False
-        self.aside: Callable[[int], None] = os.close
+        self.aside: Callable[[int], None] = close_anyway
         self.stat_opened = False
         self._remember = remember
         self._facts: OrderedDict[Key, Answer] = OrderedDict()

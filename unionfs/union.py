@@ -34,6 +34,7 @@ from unionfs.listing import Lister
 from unionfs.markers import Format
 from unionfs.merge import Entry
 from unionfs.resolve import Resolver
+from unionfs.slow import close_anyway
 from unionfs.tree import Tree
 from unionfs.workdir import WorkDir
 
@@ -141,7 +142,7 @@ class Union:
             return
         self._closed = True
         for fd in self.open_files:
-            os.close(fd)
+            close_anyway(fd)
         self.open_files.clear()
         for node in list(self.inodes.nodes.values()):
             self.tree.bury(node)

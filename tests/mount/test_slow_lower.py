@@ -147,7 +147,7 @@ def test_others_are_answered_meanwhile(far: Far, options: str) -> None:
 def test_others_are_answered_while_the_server_is_away(far: Far) -> None:
     """Who waits for it is served when it is back."""
     root = far.stack.mount()
-    (root / "own").stat()
+    (root / "own").stat()  # to find out whether the slow lower has a part of it, too
     os.kill(far.server, signal.SIGSTOP)
     try:
         with ThreadPoolExecutor(150) as pool:
@@ -166,6 +166,26 @@ def test_others_are_answered_while_the_server_is_away(far: Far) -> None:
             assert not any(future.result(60) for future in absent)
     finally:
         os.kill(far.server, signal.SIGCONT)
+
+
+def test_a_server_that_dies(far: Far) -> None:
+    """Who wants something of it gets an error; all else goes on, and the end is a clean one."""
+    root = far.stack.mount()
+    (root / "own").stat()  # to find out whether the slow lower has a part of it, too
+    with open(root / "big", "rb") as opened, ThreadPoolExecutor(4) as pool:
+        walkers = [pool.submit(walk, root / f"part{number}") for number in range(4)]
+        time.sleep(0.1)
+        os.kill(far.server, signal.SIGKILL)
+        for walker in walkers:
+            with suppress(OSError):
+                walker.result(30)
+        with pytest.raises(OSError, match="not connected"):
+            (root / "small").stat()
+        assert opened.fileno()
+        assert (root / "own" / "n").read_bytes() == b"near"
+        (root / "own" / "n").write_bytes(b"changed")
+    assert (root / "own" / "n").read_bytes() == b"changed"
+    far.stack.umount()
 
 
 def test_two_clients_are_faster_than_one(far: Far) -> None:
