@@ -31,6 +31,7 @@ Xino = Literal["on", "auto", "off"]
 Uuid = Literal["auto", "on", "null", "off"]
 Whiteout = Literal["auto", "char", "xattr", "wh"]
 Passthrough = Literal["auto", "on", "off"]
+SlowLower = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 # OVL_MAX_STACK in fs/overlayfs/params.h.
@@ -69,6 +70,7 @@ class MountConfig:
     mount_options: tuple[str, ...] = ()
     native: bool = True
     passthrough: Passthrough = "auto"
+    slow_lower: SlowLower = "auto"
     foreground: bool = False
     log_level: LogLevel = "warning"
     log_file: str | None = None
@@ -338,6 +340,7 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "whiteout": _set_choice("whiteout", get_args(Whiteout)),
     "native": _set_bool("native"),
     "passthrough": _set_choice("passthrough", get_args(Passthrough)),
+    "slow_lower": _set_choice("slow_lower", get_args(SlowLower)),
     "volatile": _volatile,
     "userxattr": _userxattr,
     "nfs_export": _refuse_unless("off", "exporting over NFS is not supported"),

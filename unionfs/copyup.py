@@ -10,9 +10,10 @@ A regular file whose data isn't needed yet (chmod, rename, ...) is copied *metad
 A lower hard link with the index on is copied up into ``index/`` under the name of its lower file handle, and linked
 from there to its name in upper: its other names find it through the index and stay the same file.
 
-Copies of more than `OFFLOAD_BYTES` don't run here: :class:`DataCopyPending` is raised *before anything of the
-operation was done*, carrying a :class:`DataCopy`. Whoever drives the core runs it (in a thread), calls ``finish`` and
-tries the operation again. While a copy is under way, operations that would change that node raise it too.
+Copies of more than `OFFLOAD_BYTES`, or from a slow layer, don't run here: :class:`DataCopyPending` is raised *before
+anything of the operation was done*, carrying a :class:`DataCopy`. Whoever drives the core runs it (in a thread), calls
+``finish`` and tries the operation again. While a copy is under way, operations that would change that node raise it
+too.
 
 A driver that can see to it that nobody reads what isn't there yet may let the data *follow* (:meth:`DataCopy.follow`):
 from then on all handles of the file are descriptors of the unpublished copy, opening it for writing is answered at
@@ -31,6 +32,7 @@ from typing import Final
 from unionfs import sysio
 from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
 from unionfs.markers import encode_nlink, encode_protattr, get_xattr, list_xattrs
+from unionfs.slow import SlowFd, WouldBlock
 from unionfs.tree import STRIP_OPEN, Tree
 from unionfs.workdir import WorkDir, set_impure
 
@@ -99,13 +101,20 @@ class DataCopy:
             os.fsync(self.target)
 
     def finish(self) -> None:
-        """Publish the copy. Where that fails the copy is abandoned, unless its data follows: then it may be retried."""
+        """Publish the copy. Where that fails the copy is abandoned, unless its data follows: then it may be retried.
+
+        Raises WouldBlock before anything was done, and gives up nothing then.
+        """
         try:
+            if self.node.anchor < 0:
+                self.up.tree.place(self.node)  # all that could block later
             if self._in_place:
                 self._restore()
                 self.up.complete_meta(self.node, self.target)
             else:
                 self._publish(self._written())
+        except WouldBlock:
+            raise
         except BaseException:
             if not self.follows:
                 self.abandon()
@@ -125,6 +134,15 @@ class DataCopy:
             up.replace_meta(node, self.target, self._name, mtime=mtime)
         if not self.follows:
             up.reopen_handles(node)
+
+    def publish(self) -> None:
+        """End the node's waiting for this copy and finish it."""
+        self.node.job = None
+        try:
+            self.finish()
+        except WouldBlock:
+            self.node.job = self  # no other copy may begin
+            raise
 
     # -- data that follows --
 
@@ -178,10 +196,27 @@ class DataCopy:
         self._close()
 
     def _close(self) -> None:
-        for fd in (self.source, self.target):
-            if fd >= 0:
-                os.close(fd)
+        if self.source >= 0:
+            self.up.tree.door.close_file(self.source)
+        if self.target >= 0:
+            os.close(self.target)
         self.source = self.target = -1
+
+
+def _inode_flags(path: bytes) -> int:
+    """Return the flags of a file or directory; 0 where it can't be opened, or has none. May run in a thread."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return sysio.get_inode_flags(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_FLAGS:
+            raise
+        return 0
+    finally:
+        os.close(fd)
 
 
 class CopyUp:
@@ -263,9 +298,10 @@ class CopyUp:
         assert parent is not None
         work, dirfds = self._work(), self.tree.dirfds
         fds = dirfds.fds(node)
-        source = sysio.fd_path(fds[0])
-        st = os.fstat(fds[0])
+        source = self.tree.door.fd_path(fds[0])
+        st = self.tree.door.fstat(fds[0])
         to_fd = dirfds.upper(parent)
+        self._foresee(node, source, st)
         with work.temp_entry() as temp, self._parent_times(to_fd):
             os.mkdir(temp, 0o700, dir_fd=work.fd)
             upper = os.open(temp, sysio.O_PATH_DIR, dir_fd=work.fd)
@@ -281,7 +317,7 @@ class CopyUp:
                 raise
         places = node.where or (None,) * len(node.stack)
         node.where = (None, *places) if node.where else None
-        kept = tuple(os.dup(fd) for fd in fds)
+        kept = tuple(self.tree.door.dup(fd) for fd in fds)
         node.stack = (0, *node.stack)
         dirfds.set(node, (upper, *kept))
         self._became_upper(node, os.fstat(upper).st_ino)
@@ -292,9 +328,10 @@ class CopyUp:
         source = self.tree.path(node)
         follow_source = self.tree.follow(node)
         st = self.tree.stat(node)
+        self._foresee(node, source, st)
+        link = self.tree.readlink(node) if stat.S_ISLNK(st.st_mode) else b""
         with work.temp_entry() as temp:
-            if stat.S_ISLNK(st.st_mode):
-                link = os.readlink(source) if not follow_source else os.readlink(b"", dir_fd=node.anchor)
+            if link:
                 os.symlink(link, temp, dir_fd=work.fd)
             else:
                 os.mknod(temp, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work.fd)
@@ -315,6 +352,7 @@ class CopyUp:
         st = self.tree.stat(node)
         whole = st.st_size
         wanted = whole if size is None else min(size, whole)
+        self._foresee(node, self.tree.path(node), st)
         if data and wanted:
             self._copy_to_temp(node, wanted, may_follow=wanted == whole and self._may_follow(node, whole))
             return
@@ -345,7 +383,7 @@ class CopyUp:
         try:
             target = self._open_upper(node, os.O_RDWR)
         except BaseException:
-            os.close(source)
+            self.tree.door.close_file(source)
             raise
         self._start(DataCopy(self, node, source, target, None, wanted, in_place=True), wanted)
 
@@ -363,24 +401,22 @@ class CopyUp:
             return False
         if node.flags & UPPER and node.ino == self.tree.inodes.map_ino(self.tree.layers.layer(0).device, node.rino):
             return False
-        if node.flags & UPPER and self._flags_at(self.tree.path(node)) & ~(_COPIED_FLAGS | _STORAGE_FLAGS):
+        if node.flags & UPPER and _inode_flags(self.tree.path(node)) & ~(_COPIED_FLAGS | _STORAGE_FLAGS):
             return False
-        return _CAPABILITY not in list_xattrs(self.tree.path(node))
+        return _CAPABILITY not in self.tree.door.list_xattrs(self.tree.path(node))
 
     def _copy_to_temp(self, node: Node, size: int, *, may_follow: bool) -> None:
-        target, name = self._work().open_temp()
+        source = self.tree.open_real(node, os.O_RDONLY)
         try:
-            source = self.tree.open_real(node, os.O_RDONLY)
+            target, name = self._work().open_temp()
         except BaseException:
-            os.close(target)
-            if name is not None:
-                self._work().discard(name)
+            self.tree.door.close_file(source)
             raise
         self._start(DataCopy(self, node, source, target, name, size, may_follow=may_follow), size)
 
     def _start(self, job: DataCopy, size: int) -> None:
         self.copies += 1
-        if self.offload and size > OFFLOAD_BYTES:
+        if self.offload and (size > OFFLOAD_BYTES or isinstance(job.source, SlowFd)):
             job.node.job = job
             raise DataCopyPending(job)
         try:
@@ -388,7 +424,11 @@ class CopyUp:
         except BaseException:
             job.abandon()
             raise
-        job.finish()
+        try:
+            job.finish()
+        except WouldBlock:
+            job.abandon()
+            raise
 
     def publish_regular(
         self,
@@ -483,6 +523,19 @@ class CopyUp:
 
     # -- steps --
 
+    def _foresee(self, node: Node, source: bytes, st: os.stat_result) -> None:
+        """Ask a slow layer for all that the copy of a node takes, before anything is made."""
+        door = self.tree.door
+        if not door.is_slow or node.flags & UPPER:
+            return
+        door.foresee(source, lambda name: not self.tree.fmt.is_private(name))
+        if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
+            door.ask_path(source, ("flags",), _inode_flags)
+        if isinstance(node, Dir):
+            self.tree.origin_value(node.stack[0], self.tree.dirfds.fds(node)[0], b"")
+        elif not node.flags & UNLINKED:
+            self.tree.origin_value(node.layer, *self.tree.place(node))
+
     def _mark_origin(self, node: Node, st: os.stat_result, path: bytes, *, follow: bool) -> bytes:
         """Give a copy its origin and return it; a hard link that gets separated from its other names has none."""
         if node.flags & UNLINKED or (st.st_nlink > 1 and self.tree.resolver.index_fd < 0):
@@ -529,6 +582,8 @@ class CopyUp:
     def _to_index(self, node: Node, st: os.stat_result, rino: int, fd: int, name: bytes | None, origin: bytes) -> None:
         entry = origin.hex().encode()
         index_fd = self.tree.resolver.index_fd
+        if self.tree.door.is_slow:
+            self.tree.resolver.decode_origin(origin)  # `_link_up` will, when it is too late to wait
         self._publish(fd, name, index_fd, entry)
         self.tree.index_names[node] = entry
         node.flags |= INDEXED
@@ -618,12 +673,13 @@ class CopyUp:
     def copy_xattrs(self, source: bytes, target: bytes, *, follow_source: bool, follow: bool) -> None:
         """Copy all attributes but the union's own (``ovl_copy_xattr``)."""
         private = self.tree.fmt.is_private
-        names = os.listxattr(source, follow_symlinks=True) if follow_source else list_xattrs(source)
+        door = self.tree.door
+        names = door.listxattr(source, follow_symlinks=True) if follow_source else door.list_xattrs(source)
         for name in names:
             if private(name):
                 continue
             try:
-                value = os.getxattr(source, name, follow_symlinks=follow_source)
+                value = door.getxattr(source, name, follow_symlinks=follow_source)
                 os.setxattr(target, name, value, follow_symlinks=follow)
             except OSError as exc:
                 if exc.errno == errno.ENODATA or (exc.errno == errno.EOPNOTSUPP and not name.startswith(_MUST_COPY)):
@@ -634,7 +690,7 @@ class CopyUp:
         """Keep append-only and immutable in an attribute, sync and noatime as flags (``ovl_copy_fileattr``)."""
         if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
             return
-        flags = self._flags_at(source)
+        flags = self.tree.door.ask_path(source, ("flags",), _inode_flags)
         if flags & _PROTECTION:
             try:
                 os.setxattr(target, self.tree.fmt.protattr, encode_protattr(flags))
@@ -651,22 +707,6 @@ class CopyUp:
                     raise
             finally:
                 os.close(fd)
-
-    @staticmethod
-    def _flags_at(path: bytes) -> int:
-        """Return the inode flags of a file or directory; 0 where it can't be opened, or has none."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return 0
-        try:
-            return sysio.get_inode_flags(fd)
-        except OSError as exc:
-            if exc.errno not in _NO_FLAGS:
-                raise
-            return 0
-        finally:
-            os.close(fd)
 
     @staticmethod
     def _set_mode_and_times(st: os.stat_result, fd: int) -> None:

@@ -49,6 +49,11 @@ START_SECONDS = 30.0
 # How many tasks wait for requests, so that none need be started when a handler awaits.
 SESSION_TASKS = 10
 
+# How many requests may wait at a time: for copies of data and the like, and for a layer whose server may be away. Each
+# has a buffer of its own.
+MOST_TASKS = 99
+MOST_WAITING = 500
+
 # File systems over others, whose files the kernel does not pass.
 STACKED = frozenset(("overlay", "ecryptfs", FUSE_TYPE))
 
@@ -238,7 +243,8 @@ class _Life:
             await nursery.start(self._handle_signals, operations)
             await nursery.start(operations.run)
             nursery.start_soon(self._announce, operations)
-            await pyfuse3.main(min_tasks=SESSION_TASKS)
+            most = MOST_WAITING if operations.patience.needed else MOST_TASKS
+            await pyfuse3.main(min_tasks=SESSION_TASKS, max_tasks=most)
             nursery.cancel_scope.cancel()
 
     async def _announce(self, operations: UnionOperations) -> None:
@@ -256,6 +262,7 @@ class _Life:
             raise MountFailed(f"the mount on {mountpoint} does not answer") from None
         if self.volumes:
             await self._bind_volumes(operations)
+        operations.patience.begin()
         self.record_path = self._write_record()
         self.ready()
         log.info("%s: mounted", mountpoint)

@@ -8,8 +8,8 @@ need. Where the native layer is in force, it hands the frequent requests as they
 - bytes: the body of the answer;
 - an int: an errno, 0 for success without a body;
 - True: the answer comes later (`native.sync_later`);
-- None: nothing was done, and pyfuse3 shall handle the request. So goes what would have to wait (a copy of data), and
-  what isn't the union's.
+- None: nothing was done, and pyfuse3 shall handle the request. So goes what would have to wait (for a copy of data or
+  a slow layer), and what isn't the union's.
 
 An OSError is its errno; any other exception is logged and EIO. Nothing here waits, so each method is atomic.
 """
@@ -29,13 +29,15 @@ from unionfs import native, wire
 from unionfs.copyup import DataCopyPending
 from unionfs.dirops import Caller
 from unionfs.handles import Handles
-from unionfs.inodes import INDEXED, META, UNLINKED, UPPER, Dir, Node
+from unionfs.inodes import INDEXED, META, UNLINKED, Dir, Node
 from unionfs.merge import Entry
+from unionfs.slow import WouldBlock
 from unionfs.union import Changes, DirHandle, Union
 
 log = logging.getLogger(__name__)
 
 Answer = bytes | int | None
+Handler = Callable[[int, int, int, int, bytes], Answer]
 
 # FUSE_SETATTR's `valid`.
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH, _ATIME_NOW, _MTIME_NOW = (1 << bit for bit in range(9))
@@ -46,8 +48,6 @@ _CACHE_DIR: Final = 1 << 3
 _NO_FLUSH: Final = 1 << 5
 _PASSTHROUGH: Final = 1 << 7
 
-_ALONE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT | os.O_NOATIME | os.O_SYNC | os.O_APPEND
-"""Flags of an open whose handle is nobody else's."""
 _NAME_MAX: Final = 255
 _LASTING: Final = 3600.0
 _DT_SHIFT: Final = 12
@@ -97,7 +97,10 @@ class Direct:
         self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
         self._serial = 0
         self._kept: set[int] = set()  # directories whose kept listing a reader uses
-        native.answer_directly(self._handlers(), _failed)
+        handlers = self._handlers()
+        if union.door.is_slow:
+            handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
+        native.answer_directly(handlers, _failed)
 
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
         """Return the handlers by opcode."""
@@ -349,8 +352,7 @@ class Direct:
         finally:
             self._changed()
         answer = self._handed_out(fd)
-        if not (flags & _ALONE or node.flags & (UPPER | META) or node.job) and not self._handles.passed(node):
-            native.share(node.id, fd)
+        self._handles.share(node, fd, flags)
         return answer
 
     def create(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
@@ -447,7 +449,12 @@ class Direct:
                 parts.append(prefix + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
         for position, entry in self._union.read_entries(handle, offset):
-            packed = pack(handle, entry, position, size)
+            try:
+                packed = pack(handle, entry, position, size)
+            except WouldBlock:
+                if not parts:
+                    raise
+                break
             if packed is None:
                 break
             parts.append(packed)
@@ -486,12 +493,30 @@ class Direct:
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
             return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
+        except WouldBlock:
+            # Attributes that must be waited for are left to those who want them.
+            ino = self._union.listed_ino(handle.node, entry)
+            if ino is None:
+                raise
+            return wire.NO_ENTRY + wire.dirent(ino, position, entry.name, entry.kind)
         if looked is None:
             return b""  # gone since the listing was made
         node, st = looked
         packed = self._entry(node, st) + wire.dirent(node.ino, position, entry.name, node.fmt >> _DT_SHIFT)
         node.nlookup += 1
         return packed
+
+
+def _unblocked(handler: Handler) -> Handler:
+    """Leave requests that a slow layer blocks to pyfuse3's way, which can wait."""
+
+    def handle(node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        try:
+            return handler(node_id, uid, gid, pid, body)
+        except WouldBlock:
+            return None
+
+    return handle
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:

@@ -32,6 +32,7 @@ class DirFds:
 
     def __init__(self, layers: LayerStack, room: int) -> None:
         self._layers = layers
+        self._door = layers.door
         self._room = max(room, 64)
         self._count = 0
         self._lru: OrderedDict[Dir, None] = OrderedDict()
@@ -62,7 +63,7 @@ class DirFds:
     def _open(self, node: Dir) -> tuple[int, ...]:
         parent = node.parent
         if parent is None:
-            return self.set(node, tuple(os.dup(self._layers.layer(index).fd) for index in node.stack))
+            return self.set(node, tuple(self._door.dup(self._layers.layer(index).fd) for index in node.stack))
         if node.stale:
             self.refresh(node)
         above = self.fds(parent)
@@ -72,9 +73,9 @@ class DirFds:
                 where = node.where[at] if node.where else None
                 if where is None or where.startswith(b"/"):
                     name = node.name if where is None else where[1:]
-                    opened.append(os.open(name, sysio.O_PATH_DIR, dir_fd=above[parent.stack.index(index)]))
+                    opened.append(self._door.open(name, sysio.O_PATH_DIR, dir_fd=above[parent.stack.index(index)]))
                 else:
-                    opened.append(sysio.open_beneath(self._layers.layer(index).fd, where, sysio.O_PATH_DIR))
+                    opened.append(self._door.open_beneath(self._layers.layer(index).fd, where, sysio.O_PATH_DIR))
         except BaseException:
             for fd in opened:
                 os.close(fd)

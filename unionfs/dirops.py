@@ -252,8 +252,9 @@ class DirOps:
         self._up.idle(node)
         self._up.directory(parent)
         self._before_unlink(node, parent, name)
+        positive = self._tree.resolver.lower_positive(parent, name)
         last = self._keep_reachable(node, parent, name)
-        if self._tree.resolver.lower_positive(parent, name):
+        if positive:
             self._whiteout(parent, name)
         else:
             os.unlink(name, dir_fd=self._tree.dirfds.upper(parent))
@@ -497,16 +498,16 @@ class DirOps:
     ) -> None:
         tree, work = self._tree, self._work()
         last = False
+        positive = leave_whiteout or tree.resolver.lower_positive(old_dir, old_name)
         if isinstance(new, Dir):
             tree.dirfds.pin(new)
             if new.is_upper:
                 self._clear_empty_for_rename(new, new_dir, new_name)
-        elif new is not None:
-            last = self._keep_reachable(new, new_dir, new_name)
         self._mark_for_move(old, old_dir, new_dir)
         old_fd, new_fd = tree.dirfds.upper(old_dir), tree.dirfds.upper(new_dir)
         whiteout_there = new is None and self._whiteout_at(new_fd, new_name)
-        positive = leave_whiteout or tree.resolver.lower_positive(old_dir, old_name)
+        if new is not None and not isinstance(new, Dir):
+            last = self._keep_reachable(new, new_dir, new_name)
         if positive and whiteout_there:
             sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
         elif positive:

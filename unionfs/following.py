@@ -28,6 +28,7 @@ import trio
 from unionfs import native
 from unionfs.copyup import DataCopy
 from unionfs.inodes import Node
+from unionfs.patience import Patience
 from unionfs.union import Union
 
 log = logging.getLogger(__name__)
@@ -55,16 +56,23 @@ class Following:
     """The copies of one mount whose data follows."""
 
     def __init__(
-        self, union: Union, *, invalidate_changed: Callable[[], None], invalidate_data: Callable[[Node], None]
+        self,
+        union: Union,
+        patience: Patience,
+        *,
+        invalidate_changed: Callable[[], None],
+        invalidate_data: Callable[[Node], None],
     ) -> None:
         """Start without any.
 
         Args:
             union: the union.
+            patience: waits for its slow layers.
             invalidate_changed: tells the kernel of attributes that copy-up changed.
             invalidate_data: has the kernel forget all that it knows of a file; may wait, so it is called in a thread.
         """
         self._tree = union.tree
+        self._patience = patience
         self._up = union.up
         self._invalidate_changed = invalidate_changed
         self._invalidate_data = invalidate_data
@@ -150,7 +158,7 @@ class Following:
         try:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_copy, job, limiter=self._limiter)
-                self._publish(job)
+                await self._patience.call(self._publish, job)
         except OSError as exc:
             attempt.error = exc
         except Exception:

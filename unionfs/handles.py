@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from unionfs import native
@@ -31,6 +32,9 @@ WORTH_BYTES: Final = 128 << 10
 
 _MOST_IDLE: Final = 4096
 """How many handles of lower files are kept for whoever reads them next (see csrc/readers.c)."""
+
+_ALONE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT | os.O_NOATIME | os.O_SYNC | os.O_APPEND
+"""Flags of an open whose handle is nobody else's."""
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 _DECIDED: Final = UPPER | META | INDEXED | IMMUTABLE | APPEND_ONLY
@@ -53,13 +57,15 @@ class NativeDirectories(Watcher):
 class Handles:
     """The open files of one mount, as the native layer sees them."""
 
-    def __init__(self, *, timeout: float, read_only: bool) -> None:
+    def __init__(self, *, timeout: float, read_only: bool, fstat: Callable[[int], os.stat_result] = os.fstat) -> None:
         """Start without any.
 
         Args:
             timeout: how long the kernel may keep attributes, in seconds.
             read_only: whether the union has no upper, so that nothing is ever copied up.
+            fstat: how to get the attributes of a handle.
         """
+        self._fstat = fstat
         self._timeout = timeout
         self._read_only = read_only
         self._granted: bool | None = None
@@ -83,6 +89,11 @@ class Handles:
             OSError: EINVAL for O_DIRECT where the file system below has none; the handle is not counted then.
         """
         return self._decide(node, fd, flags, passing=self._passing and self._may_pass(node, fd, flags))
+
+    def share(self, node: Node, fd: int, flags: int) -> None:
+        """Give a handle to others who read the file as well, if it is one for that; just before the answer to OPEN."""
+        if not (flags & _ALONE or node.flags & (UPPER | META) or node.job) and not self._modes.passed(node.id):
+            native.share(node.id, fd)
 
     def created(self, node: Node, fd: int, flags: int, st: os.stat_result) -> None:
         """Decide how the handle of a new file is opened, just before the answer to CREATE.
@@ -120,7 +131,7 @@ class Handles:
     def _may_pass(self, node: Node, fd: int, flags: int) -> bool:
         if node.flags & META or not (node.flags & UPPER or self._read_only):
             return False
-        st = os.fstat(fd)
+        st = self._fstat(fd)
         return not st.st_mode & _SUIDGID and (flags & os.O_ACCMODE != os.O_RDONLY or st.st_size >= WORTH_BYTES)
 
     def closed(self, node: Node, fd: int) -> None:
@@ -134,10 +145,6 @@ class Handles:
             mappers.discard(fd)
             if not mappers:
                 del self._mappers[node.id]
-
-    def passed(self, node: Node) -> bool:
-        """Whether the kernel itself reads the node's open file."""
-        return self._modes.passed(node.id)
 
     def attributes_stay(self, node: Node, mode: int) -> bool:
         """Whether the kernel hears of all that changes the node's attributes, *mode* among them, while it is open."""

@@ -14,14 +14,32 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from typing import Final
 
 from unionfs import sysio
 from unionfs.config import MountConfig
 from unionfs.errors import BusyError, LayerError
+from unionfs.slow import Door, PlainDoor, SlowDoor, SlowFd
+
+log = logging.getLogger(__name__)
 
 UPPER_INDEX: Final = 0
+
+# A lower layer whose root's attributes take longer than this to get, in seconds, is slow; and how often to try.
+_SLOW_SECONDS: Final = 0.001
+_TRIES: Final = 3
+
+# As are those on a network, which may be fast now, and FUSE, of which nobody knows (linux/magic.h and the drivers).
+_SLOW_TYPES: Final = frozenset(
+    (
+        *(0x6969, 0x517B, 0xFE534D42, 0xFF534D42, 0x00C36400, 0x01021997),  # nfs, smb, smb2, cifs, ceph, 9p
+        *(0x65735546, 0x5346414F, 0x6B414653, 0x73757245, 0x0BD00BD0),  # fuse, two kinds of afs, coda, lustre
+        *(0x01161970, 0x7461636F, 0x20030528, 0x47504653, 0x786F4256),  # gfs2, ocfs2, orangefs, gpfs, vboxsf
+        *(0xBACBACBC, 0x564C, 0x19830326),  # vmhgfs, ncp, beegfs
+    )
+)
 
 
 class Layer:
@@ -51,6 +69,17 @@ class Layer:
         self.wh_files = index != UPPER_INDEX  # `.wh.NAME` files hide NAME in the layers below
         self.read_noatime = 0  # added to the flags of files opened for reading
 
+    def ask_aside(self) -> None:
+        """Mark the layer as slow."""
+        self.fd = SlowFd(self.fd)
+        if self.read_fd >= 0:
+            self.read_fd = SlowFd(self.read_fd)
+
+    @property
+    def is_slow(self) -> bool:
+        """Tell whether who waits for the layer must not keep others waiting."""
+        return isinstance(self.fd, SlowFd)
+
     def close(self) -> None:
         """Close the layer's descriptors."""
         os.close(self.fd)
@@ -67,6 +96,7 @@ class LayerStack:
         self.data: list[Layer] = []
         self.by_index: list[Layer | None] = [None]
         self.work_fd = -1
+        self.door: Door = PlainDoor()
         self._keep: list[int] = []
 
     @classmethod
@@ -83,6 +113,7 @@ class LayerStack:
                 stack.lowers.append(stack._open_lower(path))
             for path in config.data_lowers:
                 stack.data.append(stack._open_lower(path))
+            stack._find_slow(config)
         except BaseException:
             stack.close()
             raise
@@ -111,6 +142,20 @@ class LayerStack:
             layer.read_noatime = os.O_NOATIME
         self.by_index.append(layer)
         return layer
+
+    def _find_slow(self, config: MountConfig) -> None:
+        """Mark the lowers that are slow, or that the user calls so."""
+        wanted = config.slow_lower
+        slow = [
+            layer
+            for layer in (*self.lowers, *self.data)
+            if wanted == "on" or (wanted == "auto" and _seems_slow(layer.fd))
+        ]
+        for layer in slow:
+            layer.ask_aside()
+        if slow:
+            log.info("slow lower layers: %s", ", ".join(layer.path for layer in slow))
+            self.door = SlowDoor(remember=config.timeout != 0)
 
     def _clone(self, path: str) -> int:
         """Return a private copy of the mount at *path*, -1 where there is none to be had."""
@@ -153,6 +198,15 @@ class LayerStack:
                 os.close(fd)
         self.by_index, self.upper, self.lowers, self.data = [None], None, [], []
         self.work_fd, self._keep = -1, []
+
+
+def _seems_slow(fd: int) -> bool:
+    try:
+        return sysio.file_system_type(fd) in _SLOW_TYPES or all(
+            sysio.seconds_to_stat(fd) > _SLOW_SECONDS for _ in range(_TRIES)
+        )
+    except OSError:
+        return False
 
 
 def _open_readable(fd: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Final
 
@@ -24,15 +25,21 @@ class Lister:
     def entries(self, node: Dir) -> list[Entry]:
         """Return what the union shows in a directory, without ``.`` and ``..``."""
         fds = self._tree.dirfds.fds(node)
+        ask = self._tree.layers.door.ask
         listings = []
         for index, dirfd in zip(node.stack, fds, strict=True):
             layer = self._tree.layers.layer(index)
-            raw, fd = self._read(layer, dirfd)
-            try:
-                listings.append((index, raw, self._whiteouts(layer, fd, raw)))
-            finally:
-                os.close(fd)
+            raw, whiteouts = ask(dirfd, ("list",), functools.partial(self._listing, layer), keep=False)
+            listings.append((index, raw, whiteouts))
         return merge(listings)
+
+    def _listing(self, layer: Layer, dirfd: int) -> tuple[list[tuple[bytes, int, int]], frozenset[bytes]]:
+        """Return the entries of a layer's directory, and which names are whiteouts; may run in a thread."""
+        raw, fd = self._read(layer, dirfd)
+        try:
+            return raw, self._whiteouts(layer, fd, raw)
+        finally:
+            os.close(fd)
 
     def upper_leftovers(self, node: Dir) -> list[bytes]:
         """Return the whiteouts in the upper part of a directory that is empty otherwise (``ovl_check_empty_dir``)."""

@@ -327,12 +327,21 @@ def answer_directly(handlers: dict[int, Handler], failed: Callable[[BaseExceptio
             _module.set_direct(opcode, handler)
 
 
+_full_listings = False
+
+
+def full_listings() -> None:
+    """Let the kernel list directories by READDIRPLUS only, whatever `plain_listings` says later."""
+    global _full_listings
+    _full_listings = True
+
+
 def plain_listings() -> None:
     """Let the kernel list directories without attributes where it doesn't expect them to be used.
 
     Call it before the session starts, and only where a direct handler answers READDIR: pyfuse3 has none.
     """
-    if _module is not None:
+    if _module is not None and not _full_listings:
         _module.plain_listings()
 
 

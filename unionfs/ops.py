@@ -1,7 +1,9 @@
 """The adapter between pyfuse3 and the union: thin, with one error translator and one place that leaves the loop.
 
-Code between two awaits is atomic. A handler calls the union synchronously; only three things await: data copies of
-some size (`_settle`), fsync, and what pyfuse3 itself waits for. While one handler waits, the others are served.
+Code between two awaits is atomic. A handler calls the union synchronously; only four things await: data copies of
+some size (`_settle`), answers of slow layers, fsync, and what pyfuse3 itself waits for. While one handler waits, the
+others are served. A handler that a slow layer blocks is called again from its beginning (`handler`), so it changes
+nothing before the union has done what it was asked for, and nothing blocks it after that.
 
 The kernel may cache everything for ever, since the layers below don't change and upper changes only through here.
 What copy-up changes behind a cached inode (link counts, change times) is invalidated before the request is answered.
@@ -32,6 +34,8 @@ from unionfs.following import Following
 from unionfs.handles import Handles, NativeDirectories
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
+from unionfs.patience import Patience
+from unionfs.slow import WouldBlock, committed
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,8 @@ def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
     @functools.wraps(fn)
     async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            if self.patience.needed:
+                return await self.patience.attempt(fn, self, *args, **kwargs)
             return await fn(self, *args, **kwargs)
         except OSError as exc:
             raise FUSEError(exc.errno or errno.EIO) from None
@@ -93,10 +99,15 @@ class UnionOperations(pyfuse3.Operations):
         self._dir_handles: dict[int, DirHandle] = {}
         self._serial = 0
         self._native = False
-        self._handles = Handles(timeout=self._timeout, read_only=config.upper is None)
+        self._handles = Handles(timeout=self._timeout, read_only=config.upper is None, fstat=union.door.fstat)
+        union.door.stat_opened = config.upper is None
         self._invalidations = 0
+        self.patience = Patience(union.door)
         self._following = Following(
-            union, invalidate_changed=self._invalidate_changed, invalidate_data=self._invalidate_data
+            union,
+            self.patience,
+            invalidate_changed=self._invalidate_changed,
+            invalidate_data=self._invalidate_data,
         )
         union.up.offload = True
         self.answering = trio.Event()  # the kernel's INIT has come: from now on the mount answers
@@ -115,6 +126,8 @@ class UnionOperations(pyfuse3.Operations):
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()
+        if self.patience.needed:
+            native.full_listings()
         if self._native:
             self._tree.dirfds.watcher = NativeDirectories(self._timeout)
         if self._native and covered is not None:
@@ -133,6 +146,7 @@ class UnionOperations(pyfuse3.Operations):
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
         async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(self.patience.run)
             await self._following.run(task_status)
 
     async def finish(self) -> None:
@@ -149,6 +163,7 @@ class UnionOperations(pyfuse3.Operations):
             "copy_ups": union.up.copies,
             "following_copies": len(self._following),
             "invalidations": self._invalidations,
+            "slow_answers": self.patience.answered,
             **{f"native_{name}": value for name, value in native.counters().items()},
         }
 
@@ -209,6 +224,7 @@ class UnionOperations(pyfuse3.Operations):
             finally:
                 if self._union.up.notify_changed:
                     self._invalidate_changed()
+            committed()
             return result
 
     def _invalidate_changed(self) -> None:
@@ -242,15 +258,15 @@ class UnionOperations(pyfuse3.Operations):
         try:
             with trio.CancelScope(shield=True):
                 if not await self._following.begin(job):
-                    await trio.to_thread.run_sync(job.run)
+                    await self.patience.copy(job.run)
         except BaseException:
             job.node.job = None
             job.abandon()
             raise
         else:
             if not job.follows:
-                job.node.job = None
-                job.finish()
+                with trio.CancelScope(shield=True):
+                    await self.patience.call(job.publish)
         finally:
             done.set()
             self._tree.forget(job.node, 0)
@@ -269,8 +285,9 @@ class UnionOperations(pyfuse3.Operations):
         node, st = looked
         if node.links:
             self._tree.prefer(node, parent, name)
+        attr = self._named(node, st)
         node.nlookup += 1
-        return self._named(node, st)
+        return attr
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups off nodes; those without any go."""
@@ -376,6 +393,8 @@ class UnionOperations(pyfuse3.Operations):
         except OSError:
             self._union.close_file(fd)
             raise
+        if self._native and self.patience.needed:
+            self._handles.share(node, fd, flags)
         return FileInfo(fh=fd, keep_cache=True)
 
     @handler
@@ -395,6 +414,8 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read from an open file; with the native layer this is served there."""
+        if self.patience.needed and not self._union.open_files[fh].is_upper:
+            return await trio.to_thread.run_sync(os.pread, fh, size, off)
         return os.pread(fh, size, off)
 
     @handler
@@ -456,14 +477,22 @@ class UnionOperations(pyfuse3.Operations):
         """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies."""
         handle = self._dir_handles[fh]
         node = handle.node
+        entries = self._union.read_entries(handle, start_id)
         for position, name in ((1, b"."), (2, b"..")):
             if start_id < position:
                 of = node if position == 1 or node.parent is None else node.parent
                 if not pyfuse3.readdir_reply(token, name, self._bare(of.ino, stat.S_IFDIR), position):
                     return
-        for position, entry in self._union.read_entries(handle, start_id):
-            if not self._reply_entry(token, handle, entry, position):
-                return
+        replied = start_id < 2
+        for position, entry in entries:
+            try:
+                if not self._reply_entry(token, handle, entry, position):
+                    return
+            except WouldBlock:
+                if not replied:
+                    raise
+                return  # the kernel will ask for the rest
+            replied = True
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:
         name = entry.name
@@ -472,6 +501,12 @@ class UnionOperations(pyfuse3.Operations):
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
             return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, entry.kind << _DT_SHIFT), position)
+        except WouldBlock:
+            # Attributes that must be waited for are left to those who want them, where an entry can do without.
+            ino = self._union.listed_ino(handle.node, entry) if self._native else None
+            if ino is None:
+                raise
+            return pyfuse3.readdir_reply(token, name, self._bare(ino, entry.kind << _DT_SHIFT), position)
         if looked is None:
             return True  # gone since the listing was made
         node, st = looked
@@ -508,16 +543,30 @@ class UnionOperations(pyfuse3.Operations):
         """Get or set inode flags or project attributes, as the native layer asks for it (``native``)."""
         try:
             answer = self._flags_now(inode, command, data)
-        except DataCopyPending as pending:
-            self._nursery.start_soon(self._set_flags_later, request, pending.job, inode, command, data)
-            return
+        except (DataCopyPending, WouldBlock):
+            self._nursery.start_soon(self._flags_later, request, inode, command, data)
         except OSError as exc:
             native.answer_ioctl(request, exc.errno or errno.EIO)
-            return
-        native.answer_ioctl(request, 0, answer)
+        except Exception:
+            log.exception("an ioctl failed")
+            native.answer_ioctl(request, errno.EIO)
+        else:
+            native.answer_ioctl(request, 0, answer)
+
+    async def _flags_later(self, request: object, inode: int, command: int, data: bytes) -> None:
+        """The same once data is up, or a slow layer has answered; a nursery's task, so nothing may be raised."""
+        try:
+            answer = await self.patience.attempt(self._settled, self._flags_now, inode, command, data)
+        except OSError as exc:
+            native.answer_ioctl(request, exc.errno or errno.EIO)
+        except Exception:
+            log.exception("an ioctl failed")
+            native.answer_ioctl(request, errno.EIO)
+        else:
+            native.answer_ioctl(request, 0, answer)
 
     def _flags_now(self, inode: int, command: int, data: bytes) -> bytes:
-        """Raises DataCopyPending, before anything was done."""
+        """Raises DataCopyPending or WouldBlock, before anything was done."""
         node = self._union.node(inode)
         if command in protect.GET:
             return self._union.protection.get(node, command)
@@ -529,17 +578,6 @@ class UnionOperations(pyfuse3.Operations):
         if node.handles and self._tree.protection(node):
             native.disown_attributes(node.id)  # who sets them must ask from now on
         return b""
-
-    async def _set_flags_later(self, request: object, job: DataCopy, inode: int, command: int, data: bytes) -> None:
-        """Go on once the data is up; a nursery's task, so nothing may be raised."""
-        try:
-            await self._settle(job)
-        except OSError as exc:
-            native.answer_ioctl(request, exc.errno or errno.EIO)
-        except Exception:
-            log.exception("setting inode flags failed")  # the request is dropped, which is EIO
-        else:
-            self.inode_flags(request, inode, 0, command, data)
 
     # -- extended attributes --
 

@@ -11,6 +11,7 @@ two, or it could be neither renamed nor linked; they are in its ``protattr`` att
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 from typing import Final
@@ -71,11 +72,9 @@ class Protection:
     def get(self, node: Node, command: int) -> bytes:
         """Answer FS_IOC_GETFLAGS or FS_IOC_FSGETXATTR (``ovl_fileattr_get``)."""
         protection = self._tree.protection(node)
-        fd = self._open(node)
-        try:
-            return read_flags(fd, command, protection)
-        finally:
-            os.close(fd)
+        read = functools.partial(_read_flags_at, command, follow=self._tree.follow(node))
+        answer = self._tree.door.ask_path(self._tree.path(node), ("flags", command), read)
+        return _with_protection(answer, command, protection)
 
     def set(self, node: Node, command: int, data: bytes) -> None:
         """Do FS_IOC_SETFLAGS or FS_IOC_FSSETXATTR (``ovl_fileattr_set``); the kernel has checked who may.
@@ -118,18 +117,29 @@ class Protection:
         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=dirfd)
 
 
-def read_flags(fd: int, command: int, protection: int = 0) -> bytes:
-    """Answer FS_IOC_GETFLAGS or FS_IOC_FSGETXATTR for an open file, with IMMUTABLE and APPEND_ONLY added."""
+def read_flags(fd: int, command: int) -> bytes:
+    """Answer FS_IOC_GETFLAGS or FS_IOC_FSGETXATTR for an open file."""
     if command == sysio.FS_IOC_GETFLAGS:
-        flags = sysio.get_inode_flags(fd)
-        flags |= sysio.FS_IMMUTABLE if protection & IMMUTABLE else 0
-        flags |= sysio.FS_APPEND if protection & APPEND_ONLY else 0
-        return struct.pack("I", flags)
-    value = sysio.get_fsxattr(fd)
-    (flags,) = struct.unpack_from("I", value)
-    flags |= _XFLAG_IMMUTABLE if protection & IMMUTABLE else 0
-    flags |= _XFLAG_APPEND if protection & APPEND_ONLY else 0
-    return struct.pack("I", flags) + value[4:]
+        return struct.pack("I", sysio.get_inode_flags(fd))
+    return sysio.get_fsxattr(fd)
+
+
+def _read_flags_at(command: int, path: bytes, *, follow: bool) -> bytes:
+    """The same for a path; may run in a thread."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        return read_flags(fd, command)
+    finally:
+        os.close(fd)
+
+
+def _with_protection(answer: bytes, command: int, protection: int) -> bytes:
+    immutable, append = (
+        (sysio.FS_IMMUTABLE, sysio.FS_APPEND) if command == sysio.FS_IOC_GETFLAGS else (_XFLAG_IMMUTABLE, _XFLAG_APPEND)
+    )
+    (flags,) = struct.unpack_from("I", answer)
+    flags |= (immutable if protection & IMMUTABLE else 0) | (append if protection & APPEND_ONLY else 0)
+    return struct.pack("I", flags) + answer[4:]
 
 
 def write_flags(fd: int, command: int, data: bytes) -> None:

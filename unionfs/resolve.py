@@ -15,6 +15,7 @@ to a descriptor, ``..`` is refused, so nothing outside the layers can be reached
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 from typing import Final
@@ -110,6 +111,9 @@ class Resolver:
         index_fd: int,
     ) -> None:
         self._layers = layers
+        self._door = door = layers.door
+        self._look, self._stat, self._list_xattrs = door.look, door.stat, door.list_xattrs
+        self._entry_path = door.entry_path
         self._dirfds = dirfds
         self._fmt = fmt
         self._inodes = inodes
@@ -166,7 +170,7 @@ class Resolver:
 
     def _visit_path(self, walk: _Walk, layer: Layer) -> None:
         """Look up an absolute name in one layer, obeying marks on the way (``ovl_lookup_layer``)."""
-        here = os.dup(layer.fd)
+        here = self._door.dup(layer.fd)
         rest = walk.name[1:]
         place = b""
         try:
@@ -189,7 +193,7 @@ class Resolver:
     def _step_into(self, walk: _Walk, layer: Layer, here: int, part: bytes, rest: bytes) -> int:
         """Open an intermediate directory of an absolute redirect; -1 where the way ends."""
         try:
-            st = os.stat(part, dir_fd=here, follow_symlinks=False)
+            st = self._look(part, dir_fd=here, follow_symlinks=False)
         except OSError as exc:
             if exc.errno in _ABSENT:
                 return -1
@@ -197,10 +201,10 @@ class Resolver:
         if not stat.S_ISDIR(st.st_mode):
             walk.stop = True
             return -1
-        path = sysio.entry_path(here, part)
+        path = self._entry_path(here, part)
         if self._opaque_value(path) == b"y":
             walk.stop = True
-        elif (value := get_xattr(path, self._fmt.redirect)) is not None and self._check_redirect:
+        elif (value := self._door.get_xattr(path, self._fmt.redirect)) is not None and self._check_redirect:
             redirect = parse_redirect(value)
             # Below this layer the way leads through the redirect.
             if redirect.startswith(b"/"):
@@ -208,7 +212,7 @@ class Resolver:
             else:
                 prefix = walk.name[: len(walk.name) - len(rest) - 1 - len(part)]
                 walk.name = prefix + redirect + b"/" + rest
-        return os.open(part, sysio.O_PATH_DIR, dir_fd=here)
+        return self._door.open(part, sysio.O_PATH_DIR, dir_fd=here)
 
     def _visit(
         self,
@@ -224,7 +228,7 @@ class Resolver:
         """Look at one name in one layer's directory (``ovl_lookup_single``)."""
         name = walk.name if part is None else part
         try:
-            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            st = self._look(name, dir_fd=dirfd, follow_symlinks=False)
         except OSError as exc:
             if exc.errno not in _ABSENT:
                 raise
@@ -237,13 +241,13 @@ class Resolver:
             walk.stop = walk.whiteout = True
             return
         mode = st.st_mode
-        path = sysio.entry_path(dirfd, name)
+        path = self._entry_path(dirfd, name)
         xattrs: list[str] | None = None
         if is_whiteout_device(st):
             walk.stop = walk.whiteout = True
             return
         if stat.S_ISREG(mode):
-            xattrs = list_xattrs(path, follow=False)
+            xattrs = self._list_xattrs(path, follow=False)
             if st.st_size == 0 and self._fmt.whiteout in xattrs:
                 walk.stop = walk.whiteout = True
                 return
@@ -320,7 +324,7 @@ class Resolver:
             if found.top_lower is None and found.layer == 0:
                 found.top_lower = st
         walk.is_dir = True
-        xattrs = list_xattrs(path, follow=False)
+        xattrs = self._list_xattrs(path, follow=False)
         if layer.index == found.layer:
             found.xattrs = xattrs
         value = self._opaque_value(path) if self._fmt.opaque in xattrs else None
@@ -338,7 +342,7 @@ class Resolver:
     def _redirect(self, walk: _Walk, path: bytes, prefix: bytes, xattrs: list[str] | None) -> None:
         if not xattrs or self._fmt.redirect not in xattrs:
             return
-        value = get_xattr(path, self._fmt.redirect)
+        value = self._door.get_xattr(path, self._fmt.redirect)
         if value is None:
             return
         redirect = parse_redirect(value)
@@ -354,15 +358,14 @@ class Resolver:
             walk.name = prefix + redirect
 
     def _opaque_value(self, path: bytes) -> bytes | None:
-        value = get_xattr(path, self._fmt.opaque)
+        value = self._door.get_xattr(path, self._fmt.opaque)
         return value if value is not None and len(value) == 1 else None
 
-    @staticmethod
-    def _has_wh_opaque(dirfd: int, name: bytes) -> bool:
+    def _has_wh_opaque(self, dirfd: int, name: bytes) -> bool:
         if len(name) + len(WH_OPAQUE) + 1 > 4000:
             return False
         try:
-            os.stat(name + b"/" + WH_OPAQUE, dir_fd=dirfd, follow_symlinks=False)
+            self._stat(name + b"/" + WH_OPAQUE, dir_fd=dirfd, follow_symlinks=False)
         except OSError:
             return False
         return True
@@ -372,11 +375,10 @@ class Resolver:
         missed, walk.missed = walk.missed, []
         return any(self.is_wh_file(dirfd, name) for dirfd in missed)
 
-    @staticmethod
-    def is_wh_file(dirfd: int, name: bytes) -> bool:
+    def is_wh_file(self, dirfd: int, name: bytes) -> bool:
         """Tell whether a directory holds an image-layer whiteout for *name*."""
         try:
-            st = os.stat(WH_PREFIX + name, dir_fd=dirfd, follow_symlinks=False)
+            st = self._stat(WH_PREFIX + name, dir_fd=dirfd, follow_symlinks=False)
         except OSError:
             return False
         return stat.S_ISREG(st.st_mode) and st.st_size == 0
@@ -392,14 +394,12 @@ class Resolver:
             raise OSError(errno.EIO, "metacopy without data", walk.name)
         for layer in self._layers.data:
             try:
-                fd = sysio.open_beneath(layer.fd, redirect[1:], sysio.O_PATH_NOFOLLOW)
+                st = self._door.ask(layer.fd, ("beneath", redirect), functools.partial(_stat_beneath, redirect[1:]))
             except OSError as exc:
                 if exc.errno in _ABSENT or exc.errno in (errno.ELOOP, errno.EXDEV):
                     continue
                 raise
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
-            os.close(fd)
-            if regular:
+            if stat.S_ISREG(st.st_mode):
                 found.data = (layer.index, redirect[1:])
                 return
 
@@ -438,19 +438,17 @@ class Resolver:
             if handle.uuid != (layer.uuid if self.uuid_in_handles else bytes(16)):
                 continue
             try:
-                fd = sysio.open_by_handle(layer.read_fd, handle.kind, handle.handle)
+                return self._door.ask(
+                    layer.read_fd, ("handle", handle), functools.partial(_stat_handle, handle.kind, handle.handle)
+                )
             except OSError:
                 continue
-            try:
-                return os.fstat(fd)
-            finally:
-                os.close(fd)
         return None
 
     def encode_origin(self, layer: Layer, dirfd: int, name: bytes) -> bytes | None:
         """Return the origin value of a lower object, None where its file system has no file handles."""
         try:
-            kind, handle = sysio.file_handle(dirfd, name)
+            kind, handle = self._door.ask(dirfd, ("handle", name), lambda fd: sysio.file_handle(fd, name))
         except OSError as exc:
             if exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW, errno.EPERM):
                 return None
@@ -508,7 +506,7 @@ class Resolver:
             if index == 0:
                 continue
             try:
-                st = os.stat(name, dir_fd=fds[at], follow_symlinks=False)
+                st = self._stat(name, dir_fd=fds[at], follow_symlinks=False)
             except OSError as exc:
                 if exc.errno not in _ABSENT:
                     return True
@@ -517,7 +515,7 @@ class Resolver:
             if is_whiteout_device(st):
                 return False
             if stat.S_ISREG(st.st_mode) and st.st_size == 0:
-                if self._fmt.whiteout in list_xattrs(sysio.entry_path(fds[at], name)):
+                if self._fmt.whiteout in self._list_xattrs(self._entry_path(fds[at], name)):
                     return False
                 if name.startswith(WH_PREFIX):
                     continue
@@ -533,6 +531,22 @@ class Resolver:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.name)
         node.stack, node.where = tuple(found.stack), where_tuple(found)
         node.stale = False
+
+
+def _stat_beneath(path: bytes, root_fd: int) -> os.stat_result:
+    fd = sysio.open_beneath(root_fd, path, sysio.O_PATH_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _stat_handle(kind: int, handle: bytes, mount_fd: int) -> os.stat_result:
+    fd = sysio.open_by_handle(mount_fd, kind, handle)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def can_decode_handles(layer: Layer) -> bool:

@@ -19,6 +19,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -38,6 +39,7 @@ __all__ = [
     "entry_path",
     "fd_path",
     "file_handle",
+    "file_system_type",
     "file_system_uuid",
     "get_fsxattr",
     "get_inode_flags",
@@ -50,6 +52,7 @@ __all__ = [
     "open_in_root",
     "protected",
     "rename",
+    "seconds_to_stat",
     "set_fsxattr",
     "set_inode_flags",
     "set_mount",
@@ -333,7 +336,6 @@ def set_fsxattr(fd: int, value: bytes) -> None:
 
 
 _statx = getattr(_libc, "statx", None)
-_statx_buffer = ctypes.create_string_buffer(256)
 _statx_attributes = struct.Struct("Q").unpack_from
 if _statx is not None:
     _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
@@ -341,9 +343,10 @@ if _statx is not None:
 
 def protected(path: bytes, *, follow: bool) -> int:
     """Return which of FS_IMMUTABLE and FS_APPEND an object has, without opening it; 0 where that can't be told."""
-    if _statx is None or _statx(AT_FDCWD, path, 0 if follow else AT_SYMLINK_NOFOLLOW, 0, _statx_buffer) != 0:
+    buffer = ctypes.create_string_buffer(256)
+    if _statx is None or _statx(AT_FDCWD, path, 0 if follow else AT_SYMLINK_NOFOLLOW, 0, buffer) != 0:
         return 0
-    return int(_statx_attributes(_statx_buffer, 8)[0]) & (FS_IMMUTABLE | FS_APPEND)  # STATX_ATTR_* are the same bits
+    return int(_statx_attributes(buffer, 8)[0]) & (FS_IMMUTABLE | FS_APPEND)  # STATX_ATTR_* are the same bits
 
 
 # -- file handles and file system identity --
@@ -430,6 +433,33 @@ def _uuid_btrfs(fd: int) -> bytes | None:
     buffer = bytearray(1024)
     fcntl.ioctl(fd, _BTRFS_IOC_FS_INFO, buffer)
     return bytes(buffer[16:32])
+
+
+_fstatfs = _libc.fstatfs64
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_statx = getattr(_libc, "statx", None)
+_AT_STATX_FORCE_SYNC: Final = 0x2000
+_STATX_BASIC: Final = 0x7FF
+
+
+def file_system_type(fd: int) -> int:
+    """Return the magic number of a file system, ``f_type`` of ``statfs(2)``."""
+    buffer = ctypes.create_string_buffer(512)
+    if _fstatfs(fd, buffer) != 0:
+        raise _fail()
+    # A long on all common architectures; the numbers themselves have 32 bits.
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF
+
+
+def seconds_to_stat(fd: int) -> float:
+    """Return how long it takes to get the attributes of *fd* from where they are kept, not from a cache."""
+    if _statx is None:
+        return 0.0
+    buffer = ctypes.create_string_buffer(256)
+    began = time.monotonic()
+    if _statx(fd, b"", AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer) != 0:
+        raise _fail()
+    return time.monotonic() - began
 
 
 # -- listing --

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from unionfs.inodes import (
 from unionfs.layers import LayerStack
 from unionfs.markers import Format, decode_nlink, decode_protattr, get_xattr
 from unionfs.resolve import Found, Resolver, where_tuple
+from unionfs.slow import WouldBlock
 from unionfs.workdir import WorkDir, set_impure
 
 STRIP_OPEN: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -59,6 +61,8 @@ class Tree:
     ) -> None:
         self.config = config
         self.layers = layers
+        self.door = door = layers.door
+        self._stat, self._fstat, self._open = door.stat, door.fstat, door.open
         self.dirfds = dirfds
         self.inodes = inodes
         self.resolver = resolver
@@ -159,7 +163,11 @@ class Tree:
             if upper and self.fmt.impure in found.xattrs:
                 node.flags |= IMPURE
             if upper and node.is_merged and self.fmt.origin not in found.xattrs and self.work is not None:
-                self._fix_origin(node, parent)
+                try:
+                    self._fix_origin(node, parent)
+                except WouldBlock:
+                    self.forget(node, 0)
+                    raise
         elif found.index_name:
             self._attach_index(node, found)
         if upper:
@@ -218,10 +226,10 @@ class Tree:
     def path(self, node: Node) -> bytes:
         """Return a path of the real object for calls that take no descriptor; don't follow its last component."""
         if node.anchor >= 0:
-            return sysio.fd_path(node.anchor)
+            return self.door.fd_path(node.anchor)
         if isinstance(node, Dir):
-            return sysio.fd_path(self.dirfds.fds(node)[0])
-        return sysio.entry_path(*self.place(node))
+            return self.door.fd_path(self.dirfds.fds(node)[0])
+        return self.door.entry_path(*self.place(node))
 
     def follow(self, node: Node) -> bool:
         """Tell whether :meth:`path` must be followed: it is the name of a descriptor."""
@@ -233,13 +241,13 @@ class Tree:
 
     def _real_stat(self, node: Node) -> os.stat_result:
         if node.anchor >= 0:
-            return os.fstat(node.anchor)
+            return self._fstat(node.anchor)
         if isinstance(node, Dir):
             if node.fds is not None or node.parent is None or node.where is not None or node.stale:
-                return os.fstat(self.dirfds.fds(node)[0])
-            return os.stat(node.name, dir_fd=self.dirfds.fds(node.parent)[self._at(node)], follow_symlinks=False)
+                return self._fstat(self.dirfds.fds(node)[0])
+            return self._stat(node.name, dir_fd=self.dirfds.fds(node.parent)[self._at(node)], follow_symlinks=False)
         dirfd, name = self.place(node)
-        return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        return self._stat(name, dir_fd=dirfd, follow_symlinks=False)
 
     def protection(self, node: Node) -> int:
         """Return IMMUTABLE and APPEND_ONLY as the union shows them; looked up once (``ovl_check_protattr``)."""
@@ -263,7 +271,7 @@ class Tree:
             return 0
         path, follow = self.path(node), self.follow(node)
         if not node.flags & UPPER:
-            return sysio.protected(path, follow=follow)
+            return self.door.ask_path(path, ("protected",), functools.partial(sysio.protected, follow=follow))
         value = get_xattr(path, self.fmt.protattr, follow=follow)
         return decode_protattr(value) if value else 0
 
@@ -292,13 +300,20 @@ class Tree:
             known = self.data_blocks[node] = self._read_blocks(node, st)
         return known
 
+    def readlink(self, node: Node) -> bytes:
+        """Return the target of a symbolic link."""
+        if node.anchor >= 0:
+            return self.door.readlink(b"", dir_fd=node.anchor)
+        dirfd, name = self.place(node)
+        return self.door.readlink(name, dir_fd=dirfd)
+
     def _read_blocks(self, node: Node, st: os.stat_result) -> int:
         try:
             fd = self.open_data_place(node, sysio.O_PATH_NOFOLLOW)
         except OSError:
             return -(-st.st_size // 4096) * 8
         try:
-            return os.fstat(fd).st_blocks
+            return self._fstat(fd).st_blocks
         finally:
             os.close(fd)
 
@@ -313,11 +328,13 @@ class Tree:
         if node.flags & META:
             return self._without_atime(lambda extra: self.open_data_place(node, flags | extra), node.layer)
         if node.anchor >= 0:
-            return os.open(sysio.fd_path(node.anchor), flags)
+            return self._open(self.door.fd_path(node.anchor), flags)
         dirfd, name = self.place(node)
         if node.flags & UPPER:
             return os.open(name, flags | os.O_NOFOLLOW, dir_fd=dirfd)
-        return self._without_atime(lambda extra: os.open(name, flags | os.O_NOFOLLOW | extra, dir_fd=dirfd), node.layer)
+        return self._without_atime(
+            lambda extra: self._open(name, flags | os.O_NOFOLLOW | extra, dir_fd=dirfd), node.layer
+        )
 
     def _without_atime(self, opener: Callable[[int], int], layer: int) -> int:
         """Reading must not change a lower layer; where the mount isn't noatime, ask for each file (owner only)."""
@@ -333,7 +350,7 @@ class Tree:
     def open_data_place(self, node: Node, flags: int) -> int:
         """Open the lower object that holds the data of a metacopy file."""
         if node in self.data_anchors:
-            return os.open(sysio.fd_path(self.data_anchors[node]), flags & ~os.O_NOFOLLOW)
+            return self._open(self.door.fd_path(self.data_anchors[node]), flags & ~os.O_NOFOLLOW)
         if node.parent is None:
             raise OSError(errno.EIO, "metacopy without a name")
         found = self.resolver.lookup(node.parent, node.name)
@@ -342,8 +359,8 @@ class Tree:
         layer, where = found.data
         if where is None or where.startswith(b"/"):
             name = node.name if where is None else where[1:]
-            return os.open(name, flags | os.O_NOFOLLOW, dir_fd=self.dirfds.fd(node.parent, layer))
-        return sysio.open_beneath(self.layers.layer(layer).fd, where, flags | os.O_NOFOLLOW)
+            return self._open(name, flags | os.O_NOFOLLOW, dir_fd=self.dirfds.fd(node.parent, layer))
+        return self.door.open_beneath(self.layers.layer(layer).fd, where, flags | os.O_NOFOLLOW)
 
     # -- names that come and go --
 
@@ -388,7 +405,7 @@ class Tree:
         if node.flags & META and node not in self.data_anchors:
             self.data_anchors[node] = self.open_data_place(node, sysio.O_PATH_NOFOLLOW)
         dirfd, name = self.place(node)
-        node.anchor = os.open(name, sysio.O_PATH_NOFOLLOW, dir_fd=dirfd)
+        node.anchor = self._open(name, sysio.O_PATH_NOFOLLOW, dir_fd=dirfd)
 
     def forget(self, node: Node, count: int) -> None:
         """Take lookups off a node; what dies is closed."""

@@ -35,6 +35,7 @@ from unionfs.markers import Format
 from unionfs.merge import Entry
 from unionfs.protect import Protection
 from unionfs.resolve import Resolver
+from unionfs.slow import close_anyway
 from unionfs.tree import Tree
 from unionfs.workdir import WorkDir
 
@@ -95,6 +96,7 @@ class Union:
         self.config = config
         self.fmt = fmt
         self.layers = layers
+        self.door = layers.door
         self.work = work
         self.inodes = InodeTable()
         for layer in (layers.upper, *layers.lowers):
@@ -146,7 +148,7 @@ class Union:
             return
         self._closed = True
         for fd in self.open_files:
-            os.close(fd)
+            close_anyway(fd)
         self.open_files.clear()
         for node in list(self.inodes.nodes.values()):
             self.tree.bury(node)
@@ -170,10 +172,7 @@ class Union:
 
     def readlink(self, node: Node) -> bytes:
         """Return the target of a symbolic link."""
-        if node.anchor >= 0:
-            return os.readlink(b"", dir_fd=node.anchor)
-        dirfd, name = self.tree.place(node)
-        return os.readlink(name, dir_fd=dirfd)
+        return self.tree.readlink(node)
 
     def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
         """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
@@ -215,7 +214,7 @@ class Union:
 
     def statfs(self) -> os.statvfs_result:
         """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""
-        return os.fstatvfs((self.layers.upper or self.layers.lowers[0]).fd)
+        return self.door.ask((self.layers.upper or self.layers.lowers[0]).fd, ("statfs",), os.fstatvfs, keep=False)
 
     # -- files --
 
@@ -261,10 +260,11 @@ class Union:
         """Close an open file."""
         node = self.open_files.pop(fd)
         assert node.handles is not None
-        node.handles.remove(fd)
+        at = node.handles.index(fd)
+        opened = node.handles.pop(at)
         if not node.handles:
             node.handles = None
-        os.close(fd)
+        self.door.close_file(opened)
         if node.nlookup <= 0:
             self.tree.forget(node, 0)
 
@@ -353,12 +353,12 @@ class Union:
 
     def getxattr(self, node: Node, name: str) -> bytes:
         """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""
-        return os.getxattr(self.tree.path(node), self.fmt.to_disk(name), follow_symlinks=self.tree.follow(node))
+        return self.door.getxattr(self.tree.path(node), self.fmt.to_disk(name), follow_symlinks=self.tree.follow(node))
 
     def listxattr(self, node: Node) -> list[str]:
         """Return the names of the extended attributes that users may see."""
         try:
-            names = os.listxattr(self.tree.path(node), follow_symlinks=self.tree.follow(node))
+            names = self.door.listxattr(self.tree.path(node), follow_symlinks=self.tree.follow(node))
         except OSError as exc:
             if exc.errno == errno.EOPNOTSUPP:
                 return []
@@ -394,7 +394,7 @@ class Union:
         self.protection.check_change(node)
         disk = self.fmt.to_disk(name)
         if not node.is_upper:
-            os.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+            self.door.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
 

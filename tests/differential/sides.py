@@ -113,7 +113,8 @@ class Side:
         if implementation == "kernel":
             _run_when_free("mount", "-t", "overlay", "-o", f"noatime,{layers},{OPTIONS}", "overlay", str(self.merged))
         elif implementation == "ours":
-            options = ",".join(filter(None, ("noatime", OPTIONS, self.options)))
+            more = os.environ.get("UNIONFS_FUZZ_OPTIONS", "")
+            options = ",".join(filter(None, ("noatime", OPTIONS, self.options, more)))
             extra = ("--work", str(self.work), "--log-file", str(self.log))
             command = (sys.executable, "-m", "unionfs", "mount", "-o", options, *extra)
             _run_when_free(*command, lowers, str(self.upper), str(self.merged))

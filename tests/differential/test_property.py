@@ -1,7 +1,8 @@
 """Random sequences on this union and on kernel overlayfs: every outcome, tree and upper layer must be equal.
 
 Environment: ``UNIONFS_FUZZ_SEQUENCES`` how many sequences a layout gets (the default is a short profile);
-``UNIONFS_FUZZ_SEED`` where they start; ``UNIONFS_FUZZ_FS`` what the layers lie on: tmpfs, ext4, xfs or btrfs.
+``UNIONFS_FUZZ_SEED`` where they start; ``UNIONFS_FUZZ_FS`` what the layers lie on: tmpfs, ext4, xfs or btrfs;
+``UNIONFS_FUZZ_OPTIONS`` further options of this union.
 """
 
 from __future__ import annotations

@@ -203,6 +203,7 @@ class Stack:
         _run_mount(command)
 
     def _mount_union(self, options: dict[str, str], extra: Sequence[str], under: Sequence[str]) -> None:
+        options = {**parse_options(os.environ.get("UFS_OPTIONS", "")), **options}
         store = ["--root", str(self.base / "store")] if "-v" in extra else []
         command = [*under, sys.executable, "-m", "unionfs", *store, "mount", "--log-file", str(self.log), *extra]
         if options:

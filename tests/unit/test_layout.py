@@ -17,9 +17,9 @@ PACKAGE = Path(unionfs.__file__).parent
 
 # Bottom to top. `_native` is the C extension, which imports nothing.
 ORDER = [
-    *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "layers", "dirfds", "merge"),
-    *("workdir", "resolve", "tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind"),
-    *("native", "wire", "dispatch", "handles", "following", "direct", "bind_direct", "ops", "bind_ops"),
+    *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "slow", "layers", "dirfds"),
+    *("merge", "workdir", "resolve", "tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind"),
+    *("native", "wire", "dispatch", "handles", "patience", "following", "direct", "bind_direct", "ops", "bind_ops"),
     *("mountinfo", "control", "preflight", "kernelbind"),
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
@@ -43,7 +43,7 @@ CORE = ORDER[1 : ORDER.index("bind") + 1]
 ALLOWED = {
     "ctypes": {"sysio"},
     "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
-    "trio": {"dispatch", "following", "ops", "bind_ops", "daemon"},
+    "trio": {"dispatch", "patience", "following", "ops", "bind_ops", "daemon"},
     "sqlite3": {"volumedb"},
     "click": {"clihelp", "cli", "mount_cli", "volume_cli"},
     "rich": {"cli", "volume_cli"},
