@@ -238,6 +238,8 @@ def log_path(record_path: str) -> str:
 def probe(mountpoint: str, seconds: float = PROBE_SECONDS) -> State:
     """Ask a mount for its statfs: MOUNTED, DEAD (ENOTCONN), or STUCK when it takes longer than `seconds`.
 
+    It is dead, too, if its daemon goes while this asks (ECONNABORTED).
+
     The call runs in a thread of its own: one that hangs can't be called back, but ends with this process.
     """
     answer: list[State] = []
@@ -246,7 +248,8 @@ def probe(mountpoint: str, seconds: float = PROBE_SECONDS) -> State:
         try:
             os.statvfs(mountpoint)
         except OSError as error:
-            answer.append(State.DEAD if error.errno == errno.ENOTCONN else State.MOUNTED)
+            gone = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+            answer.append(State.DEAD if gone else State.MOUNTED)
         else:
             answer.append(State.MOUNTED)
 

@@ -6,8 +6,9 @@ is known.
 
 `serve` is the daemon itself. It opens the layers first, then mounts, because the mount may hide them.
 pyfuse3 and trio are imported only here. The mount ends when it is unmounted from outside (the kernel then
-closes the session), or on SIGTERM, SIGINT or SIGHUP; SIGUSR1 writes the counters and the trio tasks to the
-log. Whatever happens, the union is closed and the record removed.
+closes the session), or on SIGTERM, SIGINT or SIGHUP, which wait while the mount is made until somebody
+listens; SIGUSR1 writes the counters and the trio tasks to the log. Whatever happens, the union is closed and
+the record removed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import unionfs
 from unionfs import control, native
 from unionfs.config import MountConfig
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
-from unionfs.mountinfo import FUSE_TYPE, mounted_at, place_of, read_mounts
+from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, place_of, read_mounts
 from unionfs.mountvolumes import MountedVolumes
 from unionfs.volumespec import MountVolumes
 
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 # How long the mount may take to answer its first request, in seconds.
 START_SECONDS = 30.0
+
+# What the daemon listens to while it serves.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 # How many tasks wait for requests, so that none need be started when a handler awaits.
 SESSION_TASKS = 10
@@ -76,6 +80,7 @@ def start(config: MountConfig, volumes: MountVolumes = NO_VOLUMES) -> None:
 
     Raises the UnionError that stopped the daemon; MountFailed if it ended without a word.
     """
+    before = mounted_at(config.mountpoint)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -86,10 +91,19 @@ def start(config: MountConfig, volumes: MountVolumes = NO_VOLUMES) -> None:
     with open(reader, "rb") as pipe:
         word = pipe.read()
     if not word:
+        _clear_up(config.mountpoint, before)
         raise MountFailed(f"the daemon for {config.mountpoint} ended without a word: try --foreground")
     code, message = json.loads(word)
     if code:
         raise from_exit_code(code, message)
+
+
+def _clear_up(mountpoint: str, before: Mount | None) -> None:
+    """Take off the mount that a daemon has left which was killed before it could say a word."""
+    from unionfs.unmount import clear_dead
+
+    if mounted_at(mountpoint) != before:
+        clear_dead(mountpoint)
 
 
 def _become_daemon(config: MountConfig, volumes: MountVolumes, writer: int) -> NoReturn:
@@ -196,6 +210,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     import trio
 
     operations = _operations(config, union, life)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a mount must not be left behind: see `_handle_signals`
     with _stderr_captured() as said:
         try:
             pyfuse3.init(
@@ -294,8 +309,8 @@ class _Life:
         import pyfuse3
         import trio
 
-        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-        with trio.open_signal_receiver(*wanted) as signals:
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             task_status.started()
             async for number in signals:
                 if number == signal.SIGUSR1:

@@ -11,7 +11,8 @@ What the kernel may do for this process it does (mode "kernel"); else the daemon
 Each step of establishing is a request to this very daemon, so a process of its own makes it, the *usher*. A thread of
 the daemon that waits for the daemon can't be killed: the kernel would have to end its request first, and does so when
 the device is closed, which the waiting thread keeps open. The usher is forked before there is a device, and ends with
-the daemon.
+the daemon. For the same reason nobody waits for the usher's end before the session has ended, and a program of its own
+undoes the binds, whose paths lead through the union.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unionfs import control, sysio
 from unionfs.config import MountConfig
@@ -85,6 +87,7 @@ class MountedVolumes:
         self._binds: list[_Bind] = []
         self._usher = 0
         self._socket: socket.socket | None = None
+        self._ending = False
 
     def __bool__(self) -> bool:
         """Whether there are any volumes."""
@@ -138,6 +141,8 @@ class MountedVolumes:
         self._usher = os.fork()
         if self._usher == 0:
             try:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)  # a whole process group may get them: the daemon decides
                 sysio.die_with_parent()
                 if os.getppid() == parent:
                     self._be_usher(theirs)
@@ -182,36 +187,39 @@ class MountedVolumes:
         """
         if self._socket is None:
             return
-        self._socket.send(b"go")
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # no usher any more
+            self._socket.send(b"go")
             while message := self._socket.recv(_MESSAGE_BYTES):
-                word, number, value = json.loads(message)
-                if word == "error":
-                    raise from_exit_code(number, value)
-                bind = self._binds[number]
-                if word == "again":
-                    self._open_again(bind)
-                elif word == "bound":
-                    bind.mount_id = value
-                elif word == "attach":
-                    from unionfs.bind import BindPoint
+                self._heed(self._socket, attach, *json.loads(message))
+        if any(bind.source.fd >= 0 for bind in self._binds):
+            why = "the mount is being ended" if self._ending else "a process was killed"
+            raise MountFailed(f"the volumes of {self._config.mountpoint} can't be bound: {why}")
 
-                    target, spec = self._components(value), bind.spec
-                    attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
-                    self._socket.send(b"done")
-                if word in ("bound", "attach"):
-                    bind.source.close()
-            if any(bind.source.fd >= 0 for bind in self._binds):
-                raise MountFailed(f"the volumes of {self._config.mountpoint} can't be bound: a process was killed")
-        finally:
-            self._end_usher()
+    def _heed(self, usher: socket.socket, attach: Attach, word: str, number: int, value: Any) -> None:
+        """Do what the usher's message is about; `number` is that of a bind, or with "error" an exit code."""
+        if word == "error":
+            raise from_exit_code(number, value)
+        bind = self._binds[number]
+        if word == "again":
+            self._open_again(bind)
+            return
+        if word == "bound":
+            bind.mount_id = value
+        elif word == "attach":
+            from unionfs.bind import BindPoint
 
-    def _end_usher(self) -> None:
+            target, spec = self._components(value), bind.spec
+            attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
+            usher.send(b"done")
+        bind.source.close()
+
+    def _dismiss_usher(self) -> None:
+        """Have the usher end, and nobody wait for it; it may be in the middle of a request to this daemon."""
         if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-            os.kill(self._usher, signal.SIGKILL)  # where it has done its work it is about to end
-            os.waitpid(self._usher, 0)
+            self._ending = True
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            os.kill(self._usher, signal.SIGKILL)  # where it has done its work it has ended, but is not reaped
 
     # -- in the usher --
 
@@ -317,16 +325,30 @@ class MountedVolumes:
     # -- before it goes --
 
     def take_down(self) -> None:
-        """Undo the kernel's binds, the last first; one that is in use is detached. Runs in a thread."""
+        """End what `establish` does, and undo the kernel's binds, the last first; one that is in use is detached.
+
+        Runs in a thread.
+        """
+        self._dismiss_usher()
         places = {mount.mount_id: mount.mountpoint for mount in read_mounts()}
-        for bind in reversed(self._binds):
-            if bind.mount_id in places:
-                with contextlib.suppress(OSError):
-                    sysio.unmount(os.fsencode(places[bind.mount_id]), detach=True)
+        bound = [places[bind.mount_id] for bind in reversed(self._binds) if bind.mount_id in places]
+        if bound:
+            command = ["umount", "-i", "-c", "-l", "--", *bound]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            except FileNotFoundError:
+                log.warning("no umount: volumes stay bound until the union goes")
+            else:
+                if done.returncode:
+                    log.warning("%s", done.stderr.strip())
 
     def close(self) -> None:
         """Let go of all that is still open, and tell the store that the mount is gone."""
-        self._end_usher()
+        if self._socket is not None:
+            self._dismiss_usher()
+            self._socket.close()
+            self._socket = None
+            os.waitpid(self._usher, 0)
         for bind in self._binds:
             bind.source.close()
         if self._store is not None:

@@ -80,6 +80,16 @@ def unmount(
     return _unmount_and_forget(opened, word, path, lazy=lazy, anonymous=anonymous)
 
 
+def clear_dead(mountpoint: str) -> None:
+    """Take off the union mounted there, with all that is mounted in it, if its daemon is gone.
+
+    Raises EnvironmentUnfit where there is no program to do it.
+    """
+    mount = mounted_at(mountpoint)
+    if mount is not None and mount.fstype == FUSE_TYPE and control.probe(mountpoint) is State.DEAD:
+        _detach(mountpoint, lazy=True)
+
+
 def _find(word: str) -> str:
     """Return the mount point that `word` means: a path, or else the name of a mount that runs."""
     if not word:

@@ -404,32 +404,35 @@ def test_a_killed_daemon_leaves_a_dead_mount_that_umount_clears(place: Place, he
     assert place.umount() == Said(0, "", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("volume", [False, True], ids=["plain", "volume"])
-def test_a_daemon_killed_while_it_starts_is_gone(place: Place, volume: bool) -> None:
-    """At whatever moment it is killed: it never waits for itself, so nothing keeps it, nor its mount, alive."""
+def test_a_daemon_ended_while_it_starts_is_gone(place: Place, volume: bool, number: signal.Signals) -> None:
+    """At whatever moment: it never waits for itself, so nothing keeps it alive, and no mount is left without it."""
     words = ["-v", f"{place.base / 'host'}:/v", "--bind-mode", "fuse"] if volume else []
     command = [sys.executable, "-m", "unionfs", "mount", *words, place.lower, place.upper, place.mnt]
     before = time.monotonic()
     subprocess.run(command, env=environment(), check=True)
     usual = time.monotonic() - before
     assert place.umount() == Said(0, "", "")
-    mounts = 0
+    failed = 0
     for moment in range(24):
         with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as started:
             time.sleep(usual * (0.4 + moment * 0.05))
-            alive = daemons(place.mnt)
+            alive = daemons(place.mnt).keys() - {started.pid}
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            assert all(wait_gone(pid, 5) for pid in alive), "a daemon outlives SIGKILL"
+                    os.kill(pid, number)
+            assert all(wait_gone(pid, 5) for pid in alive), "a daemon outlives the signal"
             started.communicate(timeout=20)
+        if started.returncode:
+            failed += 1
+            assert mounted_at(str(place.mnt)) is None, "the command left a dead mount"
         for pid in daemons(place.mnt):  # forked meanwhile
             os.kill(pid, signal.SIGKILL)
             assert wait_gone(pid, 5)
         while mounted_at(str(place.mnt)):
-            mounts += 1
             raw.umount2(place.mnt, raw.MNT_DETACH)
-    assert mounts, "no moment was late enough for a mount"
+    assert failed, "no moment was early enough"
     place.mounted()
     assert place.umount() == Said(0, "", "")
 

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 import pytest
 
 from tests.support import raw
-from tests.support.cli import Said, listed, refused, unionfs
+from tests.support.cli import Said, environment, listed, refused, unionfs
 from tests.support.mounts import daemons, mounted_below, wait_gone
 
 
@@ -550,6 +551,35 @@ def test_a_signal_undoes_the_binds(place: Place, number: int) -> None:
     os.kill(pid, number)
     assert wait_gone(pid)
     assert mounted_below(place.base) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_while_a_volume_is_filled(place: Place, number: signal.Signals) -> None:
+    """Who fills it waits for the daemon, and the daemon for nobody; the next mount fills it anew."""
+    full = place.lower / "full"
+    full.mkdir()
+    for name in range(3000):
+        (full / str(name)).write_bytes(b"x" * 100)
+    command = [sys.executable, "-m", "unionfs", "--root", place.store, "mount", "--bind-mode", place.mode]
+    command += ["-v", f"{place.host}:/first", "-v", "vol:/full", place.lower, place.upper, place.mnt]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 20
+        while not list(place.store.glob("volumes/vol/**/100")) and not list(place.store.glob("**/100")):
+            assert time.monotonic() < deadline, "nothing is filled"
+            time.sleep(0.005)
+        (*alive,) = daemons(place.mnt).keys() - {started.pid}
+        for pid in alive:
+            os.kill(pid, number)
+        assert all(wait_gone(pid, 5) for pid in alive), "it outlives the signal"
+        _, said = started.communicate(timeout=20)
+    assert started.returncode
+    assert len(said.splitlines()) == 1, said
+    assert ("being ended" if number == signal.SIGTERM else "without a word") in said
+    assert mounted_below(place.base) == []
+    assert not list(place.data("vol").iterdir())
+    place.mounted("-v", "vol:/full")
+    assert len(list((place.mnt / "full").iterdir())) == 3000
+    assert place.umount().status == 0
 
 
 def test_lazily(place: Place) -> None:

@@ -24,8 +24,8 @@ ORDER = [
     *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
     *(
-        "daemon",
         "unmount",
+        "daemon",
         "inspection",
         "mountfile",
         "doctor",
