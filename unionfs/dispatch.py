@@ -31,8 +31,9 @@ from unionfs import native
 SLICE = 0.002
 """Seconds for which requests may be handled without letting trio's other tasks run."""
 
-SPIN = 0.00002
-"""Seconds to look for the next request before sleeping: less than waking up takes."""
+SPIN = 0.0001
+"""Seconds at most to look for the next request before sleeping: what waking two processors takes, our own and the
+client's, which must wake up before it can ask again."""
 
 LINGER = 0.002
 """Seconds to sleep until the next request before going through trio, which costs more than a request: a client that

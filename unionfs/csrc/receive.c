@@ -7,11 +7,12 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <time.h>
 
 static bool driving; /* dispatch.py decides when to wait: the device must never block */
 static bool drained; /* the device had nothing at the last look */
-static int64_t spin_ns; /* how long to look for the next request before sleeping */
+static int64_t spin_ns; /* how long at most to look for the next request before sleeping */
 static int64_t linger_ns; /* how long to sleep then, before the loop is asked to wait */
 static int loop_fd = -1; /* becomes readable when other tasks of the loop have something to do */
 static int64_t slice_ns; /* how long to go on without letting other tasks run */
@@ -66,30 +67,56 @@ static bool readable_within(int device, int64_t timeout_ns)
 
 /*
  * Wait a moment for the next request, other threads running meanwhile: first awake, since waking up on another
- * processor takes longer than a caller needs to come back, then asleep. Where others want the processor, yielding it
- * costs a whole turn of theirs: then only asleep.
+ * processor takes longer than a caller needs to come back, then asleep.
+ *
+ * How long awake is learnt, as the kernel's haltpoll governor does it: longer where the next request comes within
+ * `spin_ns`, shorter where it doesn't. Where others want the processor, yielding it costs a whole turn of theirs: then
+ * only asleep. (A host may take the processor away for as long, which is no reason: only the kernel's count of switches
+ * tells these two apart.)
  */
-enum { CONTENDED_NS = 50000, LEAVE_ALONE_NS = 200000000 };
+enum { SHORTEST_NS = 20000, CONTENDED_NS = 1000000, LEAVE_ALONE_NS = 200000000 };
 
-static bool linger(int device)
+static long switches(void)
 {
-	static int64_t contended_until;
+	struct rusage usage;
+
+	return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nivcsw;
+}
+
+/* Look for a request until the time; sets *contended if another thread had the processor for a turn of its own. */
+static bool spin_until(int device, int64_t end, bool *contended)
+{
+	long before = switches();
 	int64_t now = now_ns();
-	int64_t spin_end = now < contended_until ? 0 : now + spin_ns;
 	bool found = false;
 
-	Py_BEGIN_ALLOW_THREADS
-	while (!found && now < spin_end) {
-		int64_t before = now;
+	while (!found && now < end) {
+		int64_t yielded = now;
 
 		sched_yield();
 		found = readable_within(device, 0);
 		now = now_ns();
-		if (now - before > CONTENDED_NS)
-			contended_until = now + LEAVE_ALONE_NS;
+		*contended = *contended || (now - yielded > CONTENDED_NS && switches() != before);
 	}
+	return found;
+}
+
+static bool linger(int device)
+{
+	static int64_t contended_until, spin = SHORTEST_NS;
+	int64_t start = now_ns();
+	bool contended = false, found;
+
+	Py_BEGIN_ALLOW_THREADS
+	found = start >= contended_until && spin_until(device, start + spin, &contended);
 	found = found || (linger_ns && readable_within(device, linger_ns));
 	Py_END_ALLOW_THREADS
+	if (contended)
+		contended_until = now_ns() + LEAVE_ALONE_NS;
+	if (found && now_ns() - start < spin_ns)
+		spin = spin < spin_ns / 2 ? spin * 2 : spin_ns;
+	else
+		spin = spin > SHORTEST_NS * 2 ? spin / 2 : SHORTEST_NS;
 	return found;
 }
 
