@@ -256,19 +256,13 @@ class BindingDirect(Direct):
             return super().releasedir(node_id, uid, gid, pid, body)
         return None if self._bind_dirs.pop(wire.u64(body)[0], None) is None else 0
 
-    def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
-        """List a directory: names, numbers and types."""
-        if not is_bind(node_id):
-            return super().readdir(node_id, uid, gid, pid, body)
-        return self._list_bound(body, b"")
-
     def readdirplus(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """List a directory; attributes of a bind path's entries would be out of date at once, so there are none."""
         if not is_bind(node_id):
             return super().readdirplus(node_id, uid, gid, pid, body)
-        return self._list_bound(body, wire.NO_ENTRY)
+        return self._list_bound(body)
 
-    def _list_bound(self, body: bytes, prefix: bytes) -> Answer:
+    def _list_bound(self, body: bytes) -> Answer:
         fh, offset, size = wire.read_in(body)
         handle = self._bind_dirs.get(fh)
         if handle is None:
@@ -280,24 +274,17 @@ class BindingDirect(Direct):
         parts: list[bytes] = []
         for at in range(offset, len(entries) + 2):
             name, ino, kind = dots[at] if at < 2 else entries[at - 2]
-            packed = prefix + wire.dirent(ino, at + 1, name, kind)
+            packed = wire.NO_ENTRY + wire.dirent(ino, at + 1, name, kind)
             size -= len(packed)
             if size < 0:
                 break
             parts.append(packed)
         return b"".join(parts)
 
-    def _bare_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+    def _packed(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
         root = self._binds.points.get((handle.node.id, entry.name))
         if root is None:
-            return super()._bare_entry(handle, entry, position, room)
-        packed = wire.dirent(root.ino, position, entry.name, root.fmt >> 12)
-        return packed if len(packed) <= room else None
-
-    def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
-        root = self._binds.points.get((handle.node.id, entry.name))
-        if root is None:
-            return super()._full_entry(handle, entry, position, room)
+            return super()._packed(handle, entry, position, room)
         packed = wire.dirent(root.ino, position, entry.name, root.fmt >> 12)
         if len(wire.NO_ENTRY) + len(packed) > room:
             return None

@@ -69,7 +69,6 @@ class BindingOperations(UnionOperations):
         native.auto_invalidate()
         native.ignore_sync(False)  # the host's files last, whatever was said about the union
         if self._native:
-            native.plain_listings()
             self._direct = BindingDirect(
                 self._binds,
                 self._bind_dirs,

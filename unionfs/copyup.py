@@ -38,7 +38,7 @@ from unionfs.workdir import WorkDir, set_impure
 
 OFFLOAD_BYTES: Final = 4 << 20
 
-_CAPABILITY: Final = "security.capability"
+CAPABILITY: Final = "security.capability"
 _MUST_COPY: Final = ("security.", "system.posix_acl_")
 _SECOND: Final = 1_000_000_000
 _COPIED_FLAGS: Final = sysio.FS_SYNC | sysio.FS_NOATIME  # OVL_COPY_FS_FLAGS_MASK
@@ -88,7 +88,7 @@ class DataCopy:
         self._in_place = in_place
         # Writing data in place changes the times and drops capabilities: both are put back.
         self._before = up.tree.stat(node) if in_place else None
-        self._capability = get_xattr(sysio.fd_path(target), _CAPABILITY, follow=True) if in_place else None
+        self._capability = get_xattr(sysio.fd_path(target), CAPABILITY, follow=True) if in_place else None
 
     def run(self) -> None:
         """Copy, and sync what was copied."""
@@ -185,7 +185,7 @@ class DataCopy:
 
     def _restore(self) -> None:
         if self._capability is not None:
-            os.setxattr(self.target, _CAPABILITY, self._capability)
+            os.setxattr(self.target, CAPABILITY, self._capability)
         if self._before is not None:
             sysio.utimens_fd(self.target, self._before.st_atime_ns, self._before.st_mtime_ns)
 
@@ -403,7 +403,7 @@ class CopyUp:
             return False
         if node.flags & UPPER and _inode_flags(self.tree.path(node)) & ~(_COPIED_FLAGS | _STORAGE_FLAGS):
             return False
-        return _CAPABILITY not in self.tree.door.list_xattrs(self.tree.path(node))
+        return CAPABILITY not in self.tree.door.list_xattrs(self.tree.path(node))
 
     def _copy_to_temp(self, node: Node, size: int, *, may_follow: bool) -> None:
         source = self.tree.open_real(node, os.O_RDONLY)

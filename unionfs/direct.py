@@ -90,6 +90,7 @@ class Direct:
         self._handles = handles
         self._dir_handles = dir_handles
         self._timeout = float(timeout)
+        self._getxattr = union.getxattr_of_unchanging if timeout >= _LASTING else union.getxattr
         self._invalidate_changed = invalidate_changed
         self._closed = closed
         self._covered = covered
@@ -117,8 +118,8 @@ class Direct:
             12: self.rename,
             14: self.open,
             18: self.release,
+            22: self.getxattr,
             27: self.opendir,
-            28: self.readdir,
             29: self.releasedir,
             30: self.fsyncdir,
             35: self.create,
@@ -330,6 +331,17 @@ class Direct:
         finally:
             self._changed()
 
+    def getxattr(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
+        """Return an extended attribute, or its size if no room is given."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return None
+        room, _ = wire.getxattr_in(body)
+        value = self._getxattr(node, os.fsdecode(body[8:-1]))
+        if not room:
+            return wire.getxattr_out(len(value), 0)
+        return value if len(value) <= room else errno.ERANGE
+
     # -- files --
 
     def open(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
@@ -426,31 +438,22 @@ class Direct:
         fd = self._union.open_for_sync(handle.node)
         return native.sync_later(fd) if fd >= 0 else 0
 
-    def readdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
-        """List a directory: names, numbers and types."""
-        return self._list(body, self._bare_entry)
-
     def readdirplus(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
-        """List a directory with the attributes of each entry."""
-        return self._list(body, self._full_entry)
-
-    def _list(self, body: bytes, pack: Callable[[DirHandle, Entry, int, int], bytes | None]) -> Answer:
-        """Fill an answer with entries; positions are 1 and 2 for the dots, then cookies."""
+        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies."""
         fh, offset, size = wire.read_in(body)
         handle = self._dir_handles.get(fh)
         if handle is None:
             return None
         parts: list[bytes] = []
         node = handle.node
-        prefix = wire.NO_ENTRY if pack == self._full_entry else b""
         for position, name in ((1, b"."), (2, b"..")):
             if offset < position:
                 of = node if position == 1 or node.parent is None else node.parent
-                parts.append(prefix + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
+                parts.append(wire.NO_ENTRY + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
         for position, entry in self._union.read_entries(handle, offset):
             try:
-                packed = pack(handle, entry, position, size)
+                packed = self._packed(handle, entry, position, size)
             except WouldBlock:
                 if not parts:
                     raise
@@ -461,25 +464,8 @@ class Direct:
             size -= len(packed)
         return b"".join(parts)
 
-    def _bare_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
-        """Pack an entry for READDIR; None where there is no room."""
-        if _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
-            return None
-        ino = self._union.listed_ino(handle.node, entry)
-        kind = entry.kind
-        if ino is None or not kind:
-            looked = self._look_at(handle, entry)
-            if looked is None:
-                return b""
-            ino, kind = looked[0].ino, looked[0].fmt >> _DT_SHIFT
-            self._tree.forget(looked[0], 0)
-        return wire.dirent(ino, position, entry.name, kind)
-
-    def _look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
-        return self._union.look_at(handle, entry)
-
-    def _full_entry(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
-        """Pack an entry for READDIRPLUS and count its lookup; None where there is no room."""
+    def _packed(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
+        """Pack an entry and count its lookup; None where there is no room."""
         if wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
             return None
         if self._covered and (handle.node.id, entry.name) in self._covered:

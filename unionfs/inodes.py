@@ -35,6 +35,7 @@ BROKEN_LINK: Final = 256  # a lower hard link that copy-up will separate: identi
 IMMUTABLE: Final = 512  # chattr +i; it and the next are right once PROTECTION_KNOWN is set
 APPEND_ONLY: Final = 1024  # chattr +a
 PROTECTION_KNOWN: Final = 2048
+PLAIN: Final = 4096  # was found in a lower layer, without any extended attribute
 
 _FSID_SHIFT: Final = 55
 _INO_MASK: Final = (1 << _FSID_SHIFT) - 1

@@ -327,24 +327,6 @@ def answer_directly(handlers: dict[int, Handler], failed: Callable[[BaseExceptio
             _module.set_direct(opcode, handler)
 
 
-_full_listings = False
-
-
-def full_listings() -> None:
-    """Let the kernel list directories by READDIRPLUS only, whatever `plain_listings` says later."""
-    global _full_listings
-    _full_listings = True
-
-
-def plain_listings() -> None:
-    """Let the kernel list directories without attributes where it doesn't expect them to be used.
-
-    Call it before the session starts, and only where a direct handler answers READDIR: pyfuse3 has none.
-    """
-    if _module is not None and not _full_listings:
-        _module.plain_listings()
-
-
 def pack_entry(
     node: int, ino: int, entry_timeout: float, timeout: float, nlink: int, blocks: int, st: os.stat_result
 ) -> bytes:

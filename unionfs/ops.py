@@ -126,13 +126,9 @@ class UnionOperations(pyfuse3.Operations):
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()
-        if self.patience.needed:
-            native.full_listings()
         if self._native:
             self._tree.dirfds.watcher = NativeDirectories(self._timeout)
         if self._native and covered is not None:
-            if not covered and type(self) is UnionOperations:
-                native.plain_listings()
             self._direct = Direct(
                 self._union,
                 self._handles,

@@ -157,6 +157,25 @@ class Resolver:
             self._finish_file(parent, name, found)
         return found
 
+    def plain_file(self, parent: Dir, name: bytes, first: int) -> tuple[int, os.stat_result] | None:
+        """Return (layer, stat result) of a name about which there is nothing to find out, as of most files.
+
+        That is a regular file with no other name and no extended attribute, in a lower layer that is the only one to
+        have the name: *first*, or the parent's only one. None for anything else, which `lookup` must see to.
+        """
+        stack = parent.stack
+        index = first or (stack[0] if len(stack) == 1 else 0)
+        if not index or self._door.is_slow or name.startswith(WH_PREFIX):
+            return None
+        dirfd = self._dirfds.fds(parent)[stack.index(index)]
+        try:
+            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        except OSError:
+            return None
+        if st.st_nlink != 1 or not stat.S_ISREG(st.st_mode) or self._list_xattrs(self._entry_path(dirfd, name)):
+            return None
+        return index, st
+
     def _walk_from_root(self, walk: _Walk) -> None:
         """Go on with an absolute redirect, in the layers below the one that said so."""
         found = walk.found

@@ -29,6 +29,7 @@ from unionfs.inodes import (
     META,
     OPAQUE,
     ORIGIN,
+    PLAIN,
     PROTECTION_KNOWN,
     REDIRECT,
     UNLINKED,
@@ -43,6 +44,7 @@ from unionfs.resolve import Found, Resolver, where_tuple
 from unionfs.slow import WouldBlock
 from unionfs.workdir import WorkDir, set_impure
 
+_LISTED: Final = (stat.S_IFREG, stat.S_IFDIR)  # whose extended attributes a lookup lists
 STRIP_OPEN: Final = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW | os.O_DIRECTORY
 
 
@@ -103,6 +105,9 @@ class Tree:
         node = parent.children.get(name)
         if node is not None:
             return node, self.stat(node)
+        plain = self.resolver.plain_file(parent, name, first)
+        if plain is not None:
+            return self._attach_plain(parent, name, *plain)
         found = self.resolver.lookup(parent, name, first)
         if found is None:
             return None
@@ -156,6 +161,7 @@ class Tree:
             | (META if found.metacopy else 0)
             | (REDIRECT if found.redirect is not None else 0)
             | (OPAQUE if found.opaque else 0)
+            | (PLAIN if not (upper or found.xattrs) and fmt in _LISTED else 0)
             | (ORIGIN if upper and (found.origin or len(found.stack) > 1) else 0)
         )
         if isinstance(node, Dir):
@@ -177,6 +183,17 @@ class Tree:
             else:
                 node.flags |= PROTECTION_KNOWN
         return node
+
+    def _attach_plain(self, parent: Dir, name: bytes, layer: int, st: os.stat_result) -> tuple[Node, os.stat_result]:
+        """The same as `attach` for a file about which there is nothing to find out (`Resolver.plain_file`)."""
+        ino = self.inodes.map_ino(st.st_dev, st.st_ino)
+        known = self.inodes.find_lower(ino, st.st_ino)
+        if known is not None and known.fmt == stat.S_IFREG:  # the directory has two places in the union
+            self.named(known, parent, name)
+            return known, st if known.job is None else self.stat(known)
+        node = self.inodes.add(ino, stat.S_IFREG, parent, name)
+        node.layer, node.rino, node.flags = layer, st.st_ino, PLAIN
+        return node, st
 
     def _will_break(self, found: Found) -> bool:
         """A lower hard link that is not indexed gets separated from its other names by copy-up."""

@@ -24,11 +24,11 @@ from typing import Final, NamedTuple
 
 from unionfs import acl, index, sysio
 from unionfs.config import MountConfig
-from unionfs.copyup import CopyUp, DataCopy
+from unionfs.copyup import CAPABILITY, CopyUp, DataCopy
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
-from unionfs.inodes import IMPURE, Dir, InodeTable, Node
+from unionfs.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
 from unionfs.layers import LayerStack
 from unionfs.listing import Lister
 from unionfs.markers import Format
@@ -61,6 +61,8 @@ class Changes(NamedTuple):
 
 
 _NOTHING: Final = Changes()
+
+_OF_EACH_USE: Final = frozenset((CAPABILITY, acl.ACCESS, acl.DEFAULT, "security.selinux"))
 
 _DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
 _HASH_MASK: Final = (1 << 61) - 1
@@ -112,6 +114,7 @@ class Union:
         self.open_files: dict[int, Node] = {}
         self._listings: OrderedDict[Dir, tuple[int, list[int], list[Entry]]] = OrderedDict()
         self._closed = False
+        self._not_there: set[tuple[int, str]] = set()  # layer, attribute
 
     @classmethod
     def open(cls, config: MountConfig) -> Union:
@@ -354,6 +357,21 @@ class Union:
     def getxattr(self, node: Node, name: str) -> bytes:
         """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""
         return self.door.getxattr(self.tree.path(node), self.fmt.to_disk(name), follow_symlinks=self.tree.follow(node))
+
+    def getxattr_of_unchanging(self, node: Node, name: str) -> bytes:
+        """The same where lower layers don't change: what has no attributes at all is not asked for those of each use.
+
+        A layer has said ENODATA once before, or else it might have another error for what it doesn't support.
+        """
+        lacking = node.flags & (PLAIN | UPPER) == PLAIN and name in _OF_EACH_USE
+        if lacking and (node.layer, name) in self._not_there:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        try:
+            return self.getxattr(node, name)
+        except OSError as exc:
+            if lacking and exc.errno == errno.ENODATA:
+                self._not_there.add((node.layer, name))
+            raise
 
     def listxattr(self, node: Node) -> list[str]:
         """Return the names of the extended attributes that users may see."""

@@ -7,6 +7,8 @@ from typing import Final
 
 open_in: Final = struct.Struct("=II").unpack_from
 create_in: Final = struct.Struct("=IIII").unpack_from
+getxattr_in: Final = struct.Struct("=II").unpack_from
+getxattr_out: Final = struct.Struct("=II").pack
 u64: Final = struct.Struct("=Q").unpack_from
 rename2_in: Final = struct.Struct("=QII").unpack_from
 read_in: Final = struct.Struct("=QQI").unpack_from

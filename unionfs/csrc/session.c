@@ -9,7 +9,6 @@
 struct fuse_session *session;
 struct fuse_lowlevel_ops python_ops;
 static bool adopted; /* pyfuse3 has gone through our fuse_session_new */
-static bool plain_listings; /* before INIT: whether READDIR is answered as well as READDIRPLUS */
 static bool cache_directories; /* whether the kernel may keep listings until it changes the directory itself */
 static bool auto_invalidate; /* before INIT: files change behind the mount, the kernel must look at mtime and size */
 
@@ -54,8 +53,8 @@ static void wrap_init(void *userdata, struct fuse_conn_info *conn)
 	want(conn, FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
 	want(conn, FUSE_CAP_DONT_MASK); /* default ACLs override the umask, so ops applies it */
 	want(conn, FUSE_CAP_CACHE_SYMLINKS);
-	if (plain_listings)
-		want(conn, FUSE_CAP_READDIRPLUS_AUTO);
+	/* Names first and attributes one by one is how find goes through a big directory: they come along always. */
+	conn->want &= ~(unsigned)FUSE_CAP_READDIRPLUS_AUTO;
 	conn->want &= ~(unsigned)(FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_WRITEBACK_CACHE);
 	want(conn, auto_invalidate ? FUSE_CAP_AUTO_INVAL_DATA : FUSE_CAP_EXPLICIT_INVAL_DATA);
 	conn->want &= ~(unsigned)FUSE_CAP_HANDLE_KILLPRIV; /* version 2 instead, see process_init */
@@ -154,17 +153,10 @@ static PyObject *py_auto_invalidate(PyObject *self UNUSED, PyObject *args UNUSED
 	Py_RETURN_NONE;
 }
 
-static PyObject *py_plain_listings(PyObject *self UNUSED, PyObject *args UNUSED)
-{
-	plain_listings = true;
-	Py_RETURN_NONE;
-}
-
 PyMethodDef session_methods[] = {
 	{"in_scope", py_in_scope, METH_NOARGS, "Whether libraries loaded from now on find this module's functions."},
 	{"active", py_active, METH_NOARGS, "Whether pyfuse3's session was made through this module."},
 	{"cache_directories", py_cache_directories, METH_O, "Whether the kernel may keep listings."},
 	{"auto_invalidate", py_auto_invalidate, METH_NOARGS, "Ask the kernel to look at mtime and size when mounting."},
-	{"plain_listings", py_plain_listings, METH_NOARGS, "READDIR is answered, too."},
 	{NULL, NULL, 0, NULL},
 };
