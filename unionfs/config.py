@@ -216,7 +216,8 @@ _IGNORED_FLAGS = frozenset(
     (
         *("defaults", "rw", "default_permissions", "nonempty", "auto", "noauto", "user", "nouser", "users"),
         *("nousers", "owner", "group", "_netdev", "nofail", "relatime", "norelatime", "strictatime"),
-        *("nostrictatime", "lazytime", "nolazytime", "diratime", "nodiratime"),
+        *("nostrictatime", "lazytime", "nolazytime", "diratime", "nodiratime", "silent", "loud", "nomand"),
+        *("iversion", "noiversion"),
     )
 )
 
@@ -353,21 +354,43 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
 }
 
 
+# The same with a value.
+_IGNORED_PREFIXES = ("x-", "X-", "comment", "user=", "uhelper=", "helper=")
+
+
 def known_options() -> list[str]:
     """Return the names of every `-o` option that is accepted, sorted."""
     return sorted({*_HANDLERS, *_MOUNT_FLAGS, *_IGNORED_FLAGS})
 
 
-def _parse_options(texts: Iterable[str]) -> _Options:
+def given_settings(texts: Iterable[str], *, sloppy: bool = False) -> dict[str, Any]:
+    """Return what `-o` options say by themselves, by the names of `MountConfig`; flags of the mount are left out.
+
+    Raises UsageError.
+    """
+    options = _parse_options(texts, sloppy=sloppy)
+    settings = dict(options.fields)
+    if options.lowers:
+        settings |= {"lowers": [absolute(path) for path in options.lowers]}
+        settings |= {"data_lowers": [absolute(path) for path in options.data_lowers]}
+    for name, path in (("upper", options.upper), ("work", options.work)):
+        if path is not None:
+            settings[name] = absolute(path)
+    if options.allow_other is not None:
+        settings["allow_other"] = options.allow_other
+    return settings
+
+
+def _parse_options(texts: Iterable[str], *, sloppy: bool = False) -> _Options:
     options = _Options()
     for text in texts:
         for option in split_options(text):
             name, equals, value = option.partition("=")
-            _apply_option(options, name, value if equals else None)
+            _apply_option(options, name, value if equals else None, sloppy=sloppy)
     return options
 
 
-def _apply_option(options: _Options, name: str, value: str | None) -> None:
+def _apply_option(options: _Options, name: str, value: str | None, *, sloppy: bool) -> None:
     if name in _HANDLERS:
         _HANDLERS[name](options, name, value)
     elif name in _MOUNT_FLAGS:
@@ -376,7 +399,7 @@ def _apply_option(options: _Options, name: str, value: str | None) -> None:
     elif name == "rw":
         _no_value(name, value)
         options.fields.pop("read_only", None)
-    elif name not in _IGNORED_FLAGS and not name.startswith(("x-", "X-", "comment")):
+    elif name not in _IGNORED_FLAGS and not f"{name}=".startswith(_IGNORED_PREFIXES) and not sloppy:
         raise UsageError(f"unknown option {name!r}{_suggestion(name)}")
 
 
@@ -415,6 +438,7 @@ def parse_mount(
     work: str | None = None,
     allow_other_default: bool = False,
     privileged: bool = False,
+    sloppy: bool = False,
     foreground: bool = False,
     log_level: LogLevel = "warning",
     log_file: str | None = None,
@@ -423,11 +447,12 @@ def parse_mount(
 
     `positionals` are `LOWER[:LOWER...] [UPPER] MOUNTPOINT`, or `MOUNTPOINT` alone with `-o lowerdir=...`;
     `options` are the texts of all `-o`; `work` is `--work`. `privileged` (effective user 0) gives a mount
-    that honours suid programs and device files, as mount(8) does; libfuse by itself would not.
+    that honours suid programs and device files, as mount(8) does; libfuse by itself would not. With `sloppy`
+    unknown options are left out.
 
     Raises UsageError for anything that makes no sense by itself.
     """
-    opts = _parse_options(options)
+    opts = _parse_options(options, sloppy=sloppy)
     lowers, data_lowers, upper, mountpoint = _layers(positionals, opts)
     if len(lowers) + len(data_lowers) > MAX_LOWERS:
         raise UsageError(f"{len(lowers) + len(data_lowers)} lower layers: the limit is {MAX_LOWERS}")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import unionfs
-from unionfs import control, native
+from unionfs import control, native, notify
 from unionfs.config import MountConfig
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
 from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, place_of, read_mounts
@@ -260,6 +260,7 @@ class _Life:
             nursery.start_soon(self._announce, operations)
             most = MOST_WAITING if operations.patience.needed else MOST_TASKS
             await pyfuse3.main(min_tasks=SESSION_TASKS, max_tasks=most)
+            self._ending()
             nursery.cancel_scope.cancel()
 
     async def _announce(self, operations: UnionOperations) -> None:
@@ -317,9 +318,14 @@ class _Life:
                     dump(operations)
                 else:
                     log.info("ending on %s", signal.Signals(number).name)
+                    self._ending()
                     await self._take_down_volumes()
                     await operations.finish()
                     pyfuse3.terminate()
+
+    def _ending(self) -> None:
+        if self.config.foreground:
+            notify.tell(notify.STOPPING)
 
     def _write_record(self) -> str | None:
         config = self.config

@@ -148,7 +148,7 @@ def mount(
     **given: Any,
 ) -> None:
     """Mount a union and return when it answers."""
-    from unionfs import daemon, preflight
+    from unionfs import daemon, notify, preflight
 
     file = read_mount_file(config_file) if config_file is not None else MountFile()
     config = _config(file, foreground=foreground, **given)
@@ -161,7 +161,7 @@ def mount(
     )
     preflight.check(config)
     if foreground:
-        daemon.serve(config, lambda: None, volumes)
+        daemon.serve(config, lambda: notify.tell(notify.READY), volumes)
     else:
         daemon.start(config, volumes)
 

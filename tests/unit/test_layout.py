@@ -25,9 +25,11 @@ ORDER = [
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
     *(
         "unmount",
+        "notify",
         "daemon",
         "inspection",
         "mountfile",
+        "mount8",
         "doctor",
         "clihelp",
         "mount_cli",
