@@ -1,4 +1,4 @@
-"""`python -m unionfs`, the `unionfs` command and mount(8)'s helper: errors become one line and an exit status."""
+"""The programs' entry points, `python -m unionfs` among them: errors become one line and an exit status."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ def mount_helper() -> NoReturn:
     """Mount as /sbin/mount.fuse.unionfs, called by mount(8); exits with one of its statuses."""
     _open_standard_streams()
     _help_mount(sys.argv[1:])
+
+
+def overlay() -> NoReturn:
+    """Mount for podman and buildah, in place of fuse-overlayfs; exits with a status from `errors.EXIT_CODES`."""
+    _open_standard_streams()
+    from unionfs import podman_cli
+
+    status = 0
+    try:
+        podman_cli.run(sys.argv[1:])
+    except UnionError as error:
+        status = _said(error)
+    except KeyboardInterrupt:
+        status = 130
+    _leave(status)
 
 
 def _is_mount8(words: list[str]) -> bool:

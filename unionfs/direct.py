@@ -27,12 +27,12 @@ from typing import Final
 
 from unionfs import native, wire
 from unionfs.copyup import DataCopyPending
-from unionfs.dirops import Caller
+from unionfs.dirops import Caller, caller
 from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, UNLINKED, Dir, Node
 from unionfs.merge import Entry
 from unionfs.slow import WouldBlock
-from unionfs.union import Changes, DirHandle, Union
+from unionfs.union import Changes, DirHandle, Union, stored
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class Direct:
         self._handles = handles
         self._dir_handles = dir_handles
         self._timeout = float(timeout)
+        self._ids = union.config.ids if union.config.ids.needed else None
         self._invalidate_changed = invalidate_changed
         self._closed = closed
         self._covered = covered
@@ -136,6 +137,9 @@ class Direct:
             return None
         return node
 
+    def _caller(self, uid: int, gid: int, umask: int, pid: int) -> Caller:
+        return caller(self._ids, uid, gid, umask, pid)
+
     def _changed(self) -> None:
         if self._up.notify_changed:
             self._invalidate_changed()
@@ -153,6 +157,8 @@ class Direct:
             timeout = 0.0
         if node.handles and not self._handles.attributes_stay(node, st.st_mode):
             attributes = 0.0
+        if self._ids is not None:
+            st = self._ids.shown(st)
         return native.pack_entry(node.id, node.ino, timeout, attributes, nlink, blocks, st)
 
     def _attributes(self, node: Node, st: os.stat_result) -> bytes:
@@ -166,6 +172,8 @@ class Direct:
             blocks = self._tree.blocks(node, st)
         if node.handles and not self._handles.attributes_stay(node, st.st_mode):
             timeout = 0.0
+        if self._ids is not None:
+            st = self._ids.shown(st)
         return native.pack_attributes(node.ino, timeout, nlink, blocks, st)
 
     def _handed_out(self, fd: int) -> bytes:
@@ -231,7 +239,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            return self._made(self._dirs.symlink(parent, name, target, Caller(uid, gid, 0, pid)))
+            return self._made(self._dirs.symlink(parent, name, target, self._caller(uid, gid, 0, pid)))
         finally:
             self._changed()
 
@@ -243,7 +251,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            return self._made(self._dirs.mkdir(parent, name, mode, Caller(uid, gid, umask, pid)))
+            return self._made(self._dirs.mkdir(parent, name, mode, self._caller(uid, gid, umask, pid)))
         finally:
             self._changed()
 
@@ -308,7 +316,7 @@ class Direct:
         if node is None:
             return None
         valid, _, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, new_uid, new_gid, _ = _setattr_in(body)
-        who = Caller(uid, gid, 0, pid)
+        who = self._caller(uid, gid, 0, pid)
         kill = who if valid & _SIZE and native.kill_suidgid(uid) else None
         changes = Changes(
             mode=mode if valid & _MODE else None,
@@ -321,6 +329,7 @@ class Direct:
         )
         try:
             handle = fh if valid & _FH else -1
+            changes = stored(self._ids, changes)
             answer = self._attributes(node, self._union.setattr(node, changes, handle, kill_for=kill, who=who))
             while node in self._up.notify_changed:
                 self._up.notify_changed.remove(node)  # the answer says it
@@ -338,7 +347,7 @@ class Direct:
         if node is None:
             return None
         flags, _ = wire.open_in(body)
-        kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
+        kill = self._caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         try:
             fd = self._union.open_file(node, flags, kill_for=kill)
             try:
@@ -363,7 +372,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            node, st, fd = self._union.create_file(parent, name, mode, flags, Caller(uid, gid, umask, pid))
+            node, st, fd = self._union.create_file(parent, name, mode, flags, self._caller(uid, gid, umask, pid))
         finally:
             self._changed()
         try:

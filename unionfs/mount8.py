@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unionfs import control, sysio
-from unionfs.config import given_settings, parse_mount, split_options
+from unionfs.config import as_json, given_settings, parse_mount, split_options
 from unionfs.errors import EnvironmentUnfit, LayerError, MountFailed, UnionError, UsageError
 from unionfs.mountinfo import FUSE_TYPE, mounted_at
 
@@ -198,5 +198,5 @@ def _refuse_changes(record: control.Record, words: list[str], *, sloppy: bool) -
         "work": record.work,
     }
     for name, value in given_settings(words, sloppy=sloppy).items():
-        if name not in ("fsname", "read_only") and in_force.get(name) != value:
+        if name not in ("fsname", "read_only") and in_force.get(name) != as_json(value):
             raise UsageError(f"remount can't change {name}: unmount the union, and mount it anew")

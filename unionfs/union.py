@@ -28,6 +28,7 @@ from unionfs.copyup import CopyUp, DataCopy
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
+from unionfs.idmap import IdMap
 from unionfs.inodes import IMPURE, Dir, InodeTable, Node
 from unionfs.layers import LayerStack
 from unionfs.listing import Lister
@@ -61,6 +62,16 @@ class Changes(NamedTuple):
 
 
 _NOTHING: Final = Changes()
+
+
+def stored(ids: IdMap | None, changes: Changes) -> Changes:
+    """Return changes with the owner to store, given the one to show. Raises OSError, EOVERFLOW."""
+    if ids is None or changes.uid is changes.gid is None:
+        return changes
+    uid = None if changes.uid is None else ids.stored_uid(changes.uid)
+    gid = None if changes.gid is None else ids.stored_gid(changes.gid)
+    return changes._replace(uid=uid, gid=gid)
+
 
 _DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
 _HASH_MASK: Final = (1 << 61) - 1
@@ -446,14 +457,16 @@ def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
 
 
 def in_group(who: Caller, gid: int) -> bool:
+    """Whether a process is in the group that a layer's file has; its other groups are in /proc only."""
     if who.gid == gid:
         return True
+    shown = gid if who.ids is None else who.ids.shown_gid(gid)
     try:
         with open(f"/proc/{who.pid}/status", encoding="ascii", errors="replace") as lines:
             groups = next((line for line in lines if line.startswith("Groups:")), "")
     except OSError:
         return False
-    return str(gid) in groups.split()[1:]
+    return str(shown) in groups.split()[1:]
 
 
 def _descriptor_room(layers: int) -> int:

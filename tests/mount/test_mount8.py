@@ -312,7 +312,7 @@ def test_the_service_template(place: Place) -> None:
 def test_the_scripts_that_are_installed() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     scripts = project["project"]["scripts"]
-    assert {"unionfs", "pyunionfs", "mount.unionfs", "mount.fuse.unionfs"} <= set(scripts)
+    assert {"unionfs", "pyunionfs", "unionfs-overlay", "mount.unionfs", "mount.fuse.unionfs"} <= set(scripts)
     for entry in scripts.values():
         module, _, name = entry.partition(":")
         assert callable(getattr(import_module(module), name))
