@@ -57,7 +57,7 @@ def installed(place: Place, way: str) -> str:
 def shell(place: Place, way: str, script: str, *, before: str = "") -> Said:
     """Run shell commands in a private mount namespace where the program is installed; $OPTS, $MNT say what and where."""
     show = 'show() { grep -F " $MNT " /proc/mounts | cut -d" " -f1,3,4; }'
-    whole = f"set -e\n{installed(place, way)}\n{before}\n{show}\n{script}"
+    whole = f"set -eo pipefail\n{installed(place, way)}\n{before}\n{show}\n{script}"
     words = ["unshare", "--mount", "--propagation", "private", "bash", "-c", whole, "bash"]
     return program(words, env={"OPTS": options(place), "MNT": str(place.mnt), "BASE": str(place.base)})
 
@@ -167,7 +167,12 @@ def test_errors(place: Place, way: str, words: str, status: int, part: str) -> N
 
 
 def test_no_device(place: Place) -> None:
-    said = shell(place, HELPER, "mount -t fuse.unionfs data $MNT -o $OPTS", before="mount --bind /dev/null /dev/fuse")
+    said = shell(
+        place,
+        HELPER,
+        "mount -t fuse.unionfs data $MNT -o $OPTS",
+        before="touch $BASE/plain; mount --bind $BASE/plain /dev/fuse",
+    )
     assert (said.status, len(said.err.splitlines())) == (SYSTEM_ERROR, 1)
 
 
