@@ -41,8 +41,8 @@ def parse_ranges(name: str, text: str) -> tuple[Range, ...]:
 
     Raises UsageError for what is no such list, and for ranges that overlap.
     """
-    words = text.replace(",", ":").split(":")
-    if len(words) % 3 or not all(word.isascii() and word.isdigit() for word in words):
+    words = [word for word in text.replace(",", ":").split(":") if word]  # podman begins with a colon
+    if not words or len(words) % 3 or not all(word.isascii() and word.isdigit() for word in words):
         raise UsageError(f"option {name}={text}: give STORED:SHOWN:LENGTH, and more such after a colon")
     numbers = [int(word) for word in words]
     ranges = tuple(Range(*numbers[at : at + 3]) for at in range(0, len(numbers), 3))

@@ -8,6 +8,8 @@ What differs from `unionfs mount`:
   is seen or stored, and are not supported, are refused. An option that nobody knows is named and ignored, as there.
 - `metacopy` is off unless asked for: the same store may be mounted tomorrow by somebody who can't read it. An option
   that needs privilege adapts where that is missing, since the store's configuration is the same for all users.
+- Where the kernel can, podman lays id-mapped mounts under the layers, and asks for the mapping as well. Together they
+  would map twice, so layers are taken from below such mounts (`_from_below`).
 - A value may stand in double quotes, with commas in it (`context="..."`, an SELinux label for the kernel).
 - `--version` has the form in which fuse-overlayfs tells its own; podman shows it in `podman info`.
 """
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 import unionfs
 from unionfs.config import LogLevel, MountConfig, is_known, parse_mount
 from unionfs.errors import UsageError
+from unionfs.mountinfo import Mount, Place, place_of, read_mounts
 
 NAME = "unionfs-overlay"
 
@@ -135,10 +138,41 @@ def _config(call: Call, *, allow_other: bool) -> MountConfig:
         foreground=call.foreground,
         log_level=log_level,
     )
+    if config.ids.uids or config.ids.gids:
+        config = dataclasses.replace(config, lowers=_from_below(config.lowers))
     # What was asked for by name may adapt, too.
     explicit = config.explicit - {"metacopy", "redirect_dir", "index"}
     labels = tuple(option.replace('"', "").replace(",", "\\,") for option in context)
     return dataclasses.replace(config, explicit=explicit, mount_options=(*config.mount_options, *labels))
+
+
+def _from_below(lowers: Sequence[str]) -> tuple[str, ...]:
+    """Return lowers by paths that lead over no id-mapped mount, as far as there are such paths."""
+    mounts = read_mounts()
+    return tuple(_plain_path(path, mounts) for path in lowers)
+
+
+def _plain_path(path: str, mounts: Sequence[Mount]) -> str:
+    try:
+        place = place_of(path, mounts)
+    except OSError:
+        return path  # it will be said when layers are checked
+    if not any(mount.mount_id == place.mount_id and mount.is_idmapped for mount in mounts):
+        return path
+    for mount in mounts:
+        if not mount.is_idmapped and place.is_within(Place(mount.mount_id, mount.dev, mount.root)):
+            other = os.path.normpath(os.path.join(mount.mountpoint, os.path.relpath(place.path, mount.root)))
+            if _is_there(other, path, mount):
+                return other
+    return path
+
+
+def _is_there(other: str, path: str, mount: Mount) -> bool:
+    """Whether a path leads to the same directory over a certain mount; something may be mounted over it."""
+    try:
+        return os.path.samefile(path, other) and place_of(other, [mount]).mount_id == mount.mount_id
+    except OSError:
+        return False
 
 
 def _translated(options: Sequence[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.test_cli import Place
+from tests.support import raw
 from tests.support.cli import Said, listed, program
 from tests.support.mounts import environment
 from tests.support.people import in_user_namespace
@@ -89,6 +90,25 @@ def test_what_needs_privilege_adapts(place: Place) -> None:
     words = ["bash", "-c", script, "bash", *WORDS, "-o", options, "mnt"]
     done = in_user_namespace(words, cwd=place.base, env=environment(), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "file\n", "")
+
+
+def test_idmapped_layers_are_not_mapped_twice(place: Place) -> None:
+    """podman lays such mounts under the layers where the kernel can, and passes the mapping as well."""
+    os.chown(place.lower / "file", 3, 4)
+    bound = place.base / "bound"
+    bound.mkdir()
+    raw.idmapped_bind(place.lower, bound, "0 1000 5000\n")
+    try:
+        assert (bound / "file").stat().st_uid == 1003
+        options = "lowerdir=bound,upperdir=upper,workdir=work,uidmapping=:0:1000:5000,gidmapping=:0:2000:5000"
+        assert overlay(place, "-o", options, "mnt") == Said(0, "", "")
+        status = (place.mnt / "file").stat()
+        assert (status.st_uid, status.st_gid) == (1003, 2004)
+        (place.mnt / "file").write_text("changed")
+        assert (place.upper / "file").stat().st_uid == 3
+        umount(place)
+    finally:
+        raw.umount2(bound, raw.MNT_DETACH)
 
 
 def test_unknown_options_are_named_and_ignored(place: Place) -> None:

@@ -20,10 +20,12 @@ ROOTLESS = parse_ranges("uidmapping", "0:1000:1:1:110000:65536")
 def test_ranges() -> None:
     assert (Range(0, 1000, 1), Range(1, 110000, 65536)) == ROOTLESS
     assert parse_ranges("x", "0:1000:1,1:110000:65536") == ROOTLESS
+    assert parse_ranges("x", ":0:1000:1:1:110000:65536") == ROOTLESS
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0:1", "0:1:0", "a:b:c", "0:1:-1", "0:1:2:3", "0:10:5:4:20:1", "0:10:5:5:14:1", f"0:0:{2**32}"]
+    "text",
+    ["", ":", "0", "0:1", "0:1:0", "a:b:c", "0:1:-1", "0:1:2:3", "0:10:5:4:20:1", "0:10:5:5:14:1", f"0:0:{2**32}"],
 )
 def test_bad_ranges(text: str) -> None:
     with pytest.raises(UsageError, match="option uidmapping="):
