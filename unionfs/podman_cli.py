@@ -109,9 +109,14 @@ def _call(pairs: list[tuple[str, str]], rest: list[str]) -> Call:
         raise UsageError(f"give one mount point: see {NAME} --help")
     given = dict(pairs)
     debug = "-d" in given or "--debug" in given
-    options = tuple(option for name, value in pairs if name == "-o" for option in _OPTION.findall(value))
+    options = tuple(option for name, value in pairs if name == "-o" for option in split_quoted(value))
     foreground = debug or "-f" in given or "--foreground" in given
     return Call(rest[0] if len(rest) == 2 else None, rest[-1], options, foreground, debug)
+
+
+def split_quoted(text: str) -> list[str]:
+    """Split an `-o` argument into its options; quotes and escapes stay."""
+    return _OPTION.findall(text)
 
 
 def _mount(call: Call) -> None:
