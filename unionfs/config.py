@@ -121,6 +121,12 @@ def as_json(value: object) -> object:
     return [as_json(part) for part in value] if isinstance(value, tuple) else value
 
 
+def fsname_option(source: str) -> str:
+    """Return the option that has the kernel show any word as the source of the mount."""
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    return f"fsname={escaped or 'none'}"
+
+
 # --- layer lists ----------------------------------------------------------------------------------
 
 

@@ -42,7 +42,8 @@ from unionfs.workdir import WorkDir, set_impure
 class Caller(NamedTuple):
     """Who asks: effective ids and umask of the process, and the groups that count for set-group-id.
 
-    Where the mount shows other owners than it stores, the ids are those to store, and `ids` translates.
+    Where the mount shows other owners than it stores, the ids are those to store, `ids` translates, and `asked` is the
+    user in the request.
     """
 
     uid: int
@@ -50,13 +51,17 @@ class Caller(NamedTuple):
     umask: int = 0
     pid: int = 0
     ids: IdMap | None = None
+    asked: int | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether that is root: of the machine, or of those whose files are stored as root's."""
+        return self.uid == 0 or self.asked == 0
 
 
 def caller(ids: IdMap | None, uid: int, gid: int, umask: int, pid: int) -> Caller:
     """Return who asks, given the ids of a request."""
-    if ids is not None:
-        uid, gid = ids.creator(uid, gid)
-    return Caller(uid, gid, umask, pid, ids)
+    return Caller(uid, gid, umask, pid) if ids is None else Caller(*ids.creator(uid, gid), umask, pid, ids, uid)
 
 
 _OPEN_FOR_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unionfs import control, sysio
-from unionfs.config import as_json, given_settings, parse_mount, split_options
+from unionfs.config import as_json, fsname_option, given_settings, parse_mount, split_options
 from unionfs.errors import EnvironmentUnfit, LayerError, MountFailed, UnionError, UsageError
 from unionfs.mountinfo import FUSE_TYPE, mounted_at
 
@@ -127,7 +127,7 @@ def _mount(call: Call) -> None:
     privileged = os.geteuid() == 0
     config = parse_mount(
         [call.mountpoint],
-        [_as_fsname(call.source), *call.options],
+        [fsname_option(call.source), *call.options],
         allow_other_default=privileged or preflight.user_allow_other(),
         privileged=privileged,
         sloppy=call.sloppy,
@@ -139,12 +139,6 @@ def _mount(call: Call) -> None:
     if call.verbose:
         layers = ", ".join(f"{what} {path}" for what, path in config.layer_names())
         print(f"unionfs: {call.source} mounted on {config.mountpoint}: {layers}")
-
-
-def _as_fsname(source: str) -> str:
-    """Return the option that has the kernel show `source`; what comes later on the command line wins."""
-    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
-    return f"fsname={escaped or 'none'}"
 
 
 def _enter(namespace: str) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import unionfs
-from unionfs.config import LogLevel, MountConfig, is_known, parse_mount
+from unionfs.config import LogLevel, MountConfig, fsname_option, is_known, parse_mount
 from unionfs.errors import UsageError
 from unionfs.mountinfo import Mount, Place, place_of, read_mounts
 
@@ -137,7 +137,7 @@ def _config(call: Call, *, allow_other: bool) -> MountConfig:
     log_level: LogLevel = "debug" if call.debug else "warning"
     config = parse_mount(
         [call.mountpoint],
-        ["metacopy=off", *([f"fsname={call.source}"] if call.source else []), *_translated(given)],
+        ["metacopy=off", *([fsname_option(call.source)] if call.source else []), *_translated(given)],
         allow_other_default=privileged or allow_other,
         privileged=privileged,
         foreground=call.foreground,

@@ -380,7 +380,7 @@ class Union:
         """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
         self.protection.check_change(node)
         self._need_upper(node)
-        if name == acl.ACCESS and who.uid:
+        if name == acl.ACCESS and not who.is_root:
             self._drop_foreign_sgid(node, who)
         disk = self.fmt.to_disk(name)
         if len(os.fsencode(disk)) > 255:
@@ -437,7 +437,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
     The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
     same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
     """
-    if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
+    if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
         return
     if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -445,7 +445,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
 
 def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
     """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
-    drop = _suidgid_to_clear(st, who) if who.uid and stat.S_ISREG(st.st_mode) else 0
+    drop = _suidgid_to_clear(st, who) if not who.is_root and stat.S_ISREG(st.st_mode) else 0
     return st.st_mode & ~drop if drop else 0
 
 

@@ -154,6 +154,18 @@ def test_a_write_clears_set_user_id(union: Stack) -> None:
     assert (mnt / "suid").stat().st_mode & 0o7777 == 0o777
 
 
+def test_root_may_what_root_may(union: Stack) -> None:
+    """Also root of the machine, who has no number there."""
+    mnt = union.mount(MAP)
+    os.chown(mnt / "one", TWO, ONE)
+    os.chmod(mnt / "one", 0o6755)
+    os.chown(mnt / "one", -1, -1)
+    os.chmod(mnt / "one", 0o6755)
+    as_user(ROOT, lambda: (mnt / "root").write_text("x"))
+    assert program(["setfacl", "-m", f"u:{TWO}:r", str(mnt / "one")]).status == 0
+    assert (mnt / "one").stat().st_mode & stat.S_ISGID
+
+
 def test_acls_are_translated(union: Stack) -> None:
     program(["setfacl", "-m", "u:5:r,g:6:rw", str(union.lower / "root")])
     mnt = union.mount(MAP)
