@@ -14,7 +14,7 @@ import pytest
 
 from tests.mount.test_cli import Place
 from tests.support import raw
-from tests.support.cli import Said, listed, program
+from tests.support.cli import Said, listed, program, user_namespaces
 from tests.support.mounts import environment
 from tests.support.people import in_user_namespace
 from unionfs.mountinfo import mounted_at
@@ -83,6 +83,7 @@ def test_defaults_that_differ(place: Place) -> None:
     umount(place)
 
 
+@pytest.mark.skipif(not user_namespaces(), reason="no user namespaces here")
 def test_what_needs_privilege_adapts(place: Place) -> None:
     """A store's configuration is the same for root and in a user namespace, where user.* attributes are used."""
     options = "lowerdir=lower,upperdir=upper,workdir=work,metacopy=on,redirect_dir=on,noallow_other"
@@ -92,6 +93,7 @@ def test_what_needs_privilege_adapts(place: Place) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "file\n", "")
 
 
+@pytest.mark.skipif(not user_namespaces(), reason="no user namespaces here")
 def test_idmapped_layers_are_not_mapped_twice(place: Place) -> None:
     """podman lays such mounts under the layers where the kernel can, and passes the mapping as well."""
     os.chown(place.lower / "file", 3, 4)
