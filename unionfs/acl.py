@@ -1,4 +1,4 @@
-"""POSIX access-control lists as far as creating a file needs them (fs/posix_acl.c, ``posix_acl_create``).
+"""POSIX access-control lists as far as creating a file and showing other owners need them (fs/posix_acl.c).
 
 A new object in a directory with a default ACL gets that as its access ACL, masked with the mode asked for, and the
 umask does not count; a new directory passes the default ACL on. The kernel's own file systems do this by themselves;
@@ -8,10 +8,12 @@ it is needed here because objects are built in the work directory, which has no 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Final
 
 ACCESS: Final = "system.posix_acl_access"
 DEFAULT: Final = "system.posix_acl_default"
+NAMES: Final = frozenset((ACCESS, DEFAULT))
 
 _HEAD: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<HHI")
@@ -45,6 +47,16 @@ def inherit(default: bytes, mode: int) -> tuple[int, bytes | None]:
         masked.append((tag, perm, ident))
     value = _HEAD.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in masked)
     return bits, value if extended else None
+
+
+def translated(value: bytes, uid: Callable[[int], int], gid: Callable[[int], int]) -> bytes:
+    """Return an ACL with other users and groups in its entries; a malformed value is returned as it is."""
+    entries = _parse(value)
+    if entries is None:
+        return value
+    by_tag = {_USER: uid, _GROUP: gid}
+    changed = ((tag, perm, by_tag[tag](ident) if tag in by_tag else ident) for tag, perm, ident in entries)
+    return _HEAD.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in changed)
 
 
 def _parse(value: bytes) -> list[tuple[int, int, int]] | None:

@@ -28,8 +28,17 @@ def run() -> int:
     return clihelp.run(root, "unionfs")
 
 
+def is_command(word: str) -> bool:
+    """Whether a word is the name of a command."""
+    return word in (*root.commands, *_OF_OTHER_MODULES)
+
+
+# `mount` and `volume` have modules of their own, which only they load.
+_OF_OTHER_MODULES = ("mount", "volume")
+
+
 class _Root(Group):
-    """The main command; `mount` and `volume` have modules of their own, which only they load."""
+    """The main command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return ["mount", *super().list_commands(ctx), "volume"]

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from unionfs.errors import UsageError
+from unionfs.idmap import AS_STORED, IdMap, parse_id, parse_ranges
 
 RedirectDir = Literal["on", "follow", "nofollow", "off"]
 Xino = Literal["on", "auto", "off"]
@@ -47,7 +48,8 @@ class MountConfig:
     `lowers[0]` is the topmost lower. `upper` and `work` are None for a read-only union. `userxattr` is None
     until the layers have been looked at (see `with_userxattr`). `timeout` is in seconds: None means as long
     as correctness allows, 0 means that the kernel caches nothing. `mount_options` are the flags handed on
-    to libfuse.
+    to libfuse. `ids` says which owners are shown, `static_nlink` that directories show a link count of 1, `acl` whether
+    there are POSIX ACLs.
     """
 
     lowers: tuple[str, ...]
@@ -71,10 +73,18 @@ class MountConfig:
     native: bool = True
     passthrough: Passthrough = "auto"
     slow_lower: SlowLower = "auto"
+    ids: IdMap = AS_STORED
+    static_nlink: bool = False
+    acl: bool = True
     foreground: bool = False
     log_level: LogLevel = "warning"
     log_file: str | None = None
     explicit: frozenset[str] = frozenset()
+
+    @property
+    def shows_as_stored(self) -> bool:
+        """Whether owners, link counts and ACLs are shown as the layers have them, so that descriptors tell them."""
+        return self.acl and not self.static_nlink and not self.ids.needed
 
     def layer_names(self) -> list[tuple[str, str]]:
         """Return (option name, path) of every layer, top to bottom, work last; for checks and messages."""
@@ -102,6 +112,19 @@ class MountConfig:
         if "metacopy" in self.explicit and self.metacopy:
             raise UsageError(f"metacopy=on does not work with {why}: leave it out")
         return dataclasses.replace(self, userxattr=True, redirect_dir="nofollow", metacopy=False)
+
+
+def as_json(value: object) -> object:
+    """Return an option's value in the form in which JSON gives it back."""
+    if isinstance(value, IdMap):
+        return {name: as_json(part) for name, part in dataclasses.asdict(value).items()}
+    return [as_json(part) for part in value] if isinstance(value, tuple) else value
+
+
+def fsname_option(source: str) -> str:
+    """Return the option that has the kernel show any word as the source of the mount."""
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    return f"fsname={escaped or 'none'}"
 
 
 # --- layer lists ----------------------------------------------------------------------------------
@@ -194,6 +217,16 @@ class _Options:
     def put(self, field: str, value: Any) -> None:
         self.fields[field] = value
 
+    @property
+    def ids(self) -> IdMap:
+        """What the options say of owners so far."""
+        known = self.fields.get("ids", AS_STORED)
+        assert isinstance(known, IdMap)
+        return known
+
+    def map_ids(self, **changes: Any) -> None:
+        self.put("ids", dataclasses.replace(self.ids, **changes))
+
 
 # Flags of mount(8) that libfuse hands on to the kernel; flags of a group replace one another.
 _MOUNT_FLAGS: dict[str, str] = {
@@ -216,7 +249,8 @@ _IGNORED_FLAGS = frozenset(
     (
         *("defaults", "rw", "default_permissions", "nonempty", "auto", "noauto", "user", "nouser", "users"),
         *("nousers", "owner", "group", "_netdev", "nofail", "relatime", "norelatime", "strictatime"),
-        *("nostrictatime", "lazytime", "nolazytime", "diratime", "nodiratime"),
+        *("nostrictatime", "lazytime", "nolazytime", "diratime", "nodiratime", "silent", "loud", "nomand"),
+        *("iversion", "noiversion"),
     )
 )
 
@@ -321,6 +355,37 @@ def _read_only(options: _Options, name: str, value: str | None) -> None:
     options.put("read_only", True)
 
 
+def _mapping(field: str) -> Callable[[_Options, str, str | None], None]:
+    def handle(options: _Options, name: str, value: str | None) -> None:
+        options.map_ids(**{field: parse_ranges(name, value or "")})
+
+    return handle
+
+
+def _squash(*fields: str) -> Callable[[_Options, str, str | None], None]:
+    def handle(options: _Options, name: str, value: str | None) -> None:
+        options.map_ids(**dict.fromkeys(fields, parse_id(name, value)))
+
+    return handle
+
+
+def _squash_to_root(options: _Options, name: str, value: str | None) -> None:
+    """Squash to 0 what isn't squashed to another id by an option of its own."""
+    _no_value(name, value)
+    ids = options.ids
+    options.map_ids(squash_uid=ids.squash_uid or 0, squash_gid=ids.squash_gid or 0)
+
+
+def _static_nlink(options: _Options, name: str, value: str | None) -> None:
+    _no_value(name, value)
+    options.put("static_nlink", True)
+
+
+def _noacl(options: _Options, name: str, value: str | None) -> None:
+    _no_value(name, value)
+    options.put("acl", False)
+
+
 def _allow_other(options: _Options, name: str, value: str | None) -> None:
     _no_value(name, value)
     options.allow_other = name == "allow_other"
@@ -347,10 +412,21 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "verity": _refuse_unless("off", "fs-verity checks are not supported"),
     "timeout": _timeout,
     "fsname": _fsname,
+    "uidmapping": _mapping("uids"),
+    "gidmapping": _mapping("gids"),
+    "squash_to_root": _squash_to_root,
+    "squash_to_uid": _squash("squash_uid"),
+    "squash_to_gid": _squash("squash_gid"),
+    "static_nlink": _static_nlink,
+    "noacl": _noacl,
     "ro": _read_only,
     "allow_other": _allow_other,
     "noallow_other": _allow_other,
 }
+
+
+# The same with a value.
+_IGNORED_PREFIXES = ("x-", "X-", "comment", "user=", "uhelper=", "helper=")
 
 
 def known_options() -> list[str]:
@@ -358,16 +434,39 @@ def known_options() -> list[str]:
     return sorted({*_HANDLERS, *_MOUNT_FLAGS, *_IGNORED_FLAGS})
 
 
-def _parse_options(texts: Iterable[str]) -> _Options:
+def is_known(name: str) -> bool:
+    """Whether an `-o` option of this name is accepted, be it to be ignored."""
+    return name in known_options() or f"{name}=".startswith(_IGNORED_PREFIXES)
+
+
+def given_settings(texts: Iterable[str], *, sloppy: bool = False) -> dict[str, Any]:
+    """Return what `-o` options say by themselves, by the names of `MountConfig`; flags of the mount are left out.
+
+    Raises UsageError.
+    """
+    options = _parse_options(texts, sloppy=sloppy)
+    settings = dict(options.fields)
+    if options.lowers:
+        settings |= {"lowers": [absolute(path) for path in options.lowers]}
+        settings |= {"data_lowers": [absolute(path) for path in options.data_lowers]}
+    for name, path in (("upper", options.upper), ("work", options.work)):
+        if path is not None:
+            settings[name] = absolute(path)
+    if options.allow_other is not None:
+        settings["allow_other"] = options.allow_other
+    return settings
+
+
+def _parse_options(texts: Iterable[str], *, sloppy: bool = False) -> _Options:
     options = _Options()
     for text in texts:
         for option in split_options(text):
             name, equals, value = option.partition("=")
-            _apply_option(options, name, value if equals else None)
+            _apply_option(options, name, value if equals else None, sloppy=sloppy)
     return options
 
 
-def _apply_option(options: _Options, name: str, value: str | None) -> None:
+def _apply_option(options: _Options, name: str, value: str | None, *, sloppy: bool) -> None:
     if name in _HANDLERS:
         _HANDLERS[name](options, name, value)
     elif name in _MOUNT_FLAGS:
@@ -376,7 +475,7 @@ def _apply_option(options: _Options, name: str, value: str | None) -> None:
     elif name == "rw":
         _no_value(name, value)
         options.fields.pop("read_only", None)
-    elif name not in _IGNORED_FLAGS and not name.startswith(("x-", "X-", "comment")):
+    elif not sloppy and not is_known(name):
         raise UsageError(f"unknown option {name!r}{_suggestion(name)}")
 
 
@@ -415,6 +514,7 @@ def parse_mount(
     work: str | None = None,
     allow_other_default: bool = False,
     privileged: bool = False,
+    sloppy: bool = False,
     foreground: bool = False,
     log_level: LogLevel = "warning",
     log_file: str | None = None,
@@ -423,11 +523,12 @@ def parse_mount(
 
     `positionals` are `LOWER[:LOWER...] [UPPER] MOUNTPOINT`, or `MOUNTPOINT` alone with `-o lowerdir=...`;
     `options` are the texts of all `-o`; `work` is `--work`. `privileged` (effective user 0) gives a mount
-    that honours suid programs and device files, as mount(8) does; libfuse by itself would not.
+    that honours suid programs and device files, as mount(8) does; libfuse by itself would not. With `sloppy`
+    unknown options are left out.
 
     Raises UsageError for anything that makes no sense by itself.
     """
-    opts = _parse_options(options)
+    opts = _parse_options(options, sloppy=sloppy)
     lowers, data_lowers, upper, mountpoint = _layers(positionals, opts)
     if len(lowers) + len(data_lowers) > MAX_LOWERS:
         raise UsageError(f"{len(lowers) + len(data_lowers)} lower layers: the limit is {MAX_LOWERS}")

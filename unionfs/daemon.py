@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import unionfs
-from unionfs import control, native
-from unionfs.config import MountConfig
+from unionfs import control, native, notify
+from unionfs.config import MountConfig, as_json
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
 from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, place_of, read_mounts
 from unionfs.mountvolumes import MountedVolumes
@@ -228,6 +228,8 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
 
 def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:
     if life.volumes.needs_fuse:
+        if config.ids.needed:
+            raise UsageError("volumes that the daemon serves have owners of their own: leave out mapping and squashing")
         from unionfs.bind_ops import BindingOperations
 
         return BindingOperations(union, config)
@@ -260,6 +262,7 @@ class _Life:
             nursery.start_soon(self._announce, operations)
             most = MOST_WAITING if operations.patience.needed else MOST_TASKS
             await pyfuse3.main(min_tasks=SESSION_TASKS, max_tasks=most)
+            self._ending()
             nursery.cancel_scope.cancel()
 
     async def _announce(self, operations: UnionOperations) -> None:
@@ -317,9 +320,14 @@ class _Life:
                     dump(operations)
                 else:
                     log.info("ending on %s", signal.Signals(number).name)
+                    self._ending()
                     await self._take_down_volumes()
                     await operations.finish()
                     pyfuse3.terminate()
+
+    def _ending(self) -> None:
+        if self.config.foreground:
+            notify.tell(notify.STOPPING)
 
     def _write_record(self) -> str | None:
         config = self.config
@@ -488,7 +496,7 @@ def shown_options(config: MountConfig) -> dict[str, object]:
     places = {"lowers", "data_lowers", "upper", "work", "mountpoint", "explicit"}
     process = {"foreground", "log_level", "log_file"}
     return {
-        field.name: list(value) if isinstance(value, tuple) else value
+        field.name: as_json(value)
         for field in dataclasses.fields(config)
         if field.name not in places | process
         for value in [getattr(config, field.name)]

@@ -27,12 +27,12 @@ from typing import Final
 
 from unionfs import native, wire
 from unionfs.copyup import DataCopyPending
-from unionfs.dirops import Caller
+from unionfs.dirops import Caller, caller
 from unionfs.handles import Handles
 from unionfs.inodes import INDEXED, META, UNLINKED, Dir, Node
 from unionfs.merge import Entry
 from unionfs.slow import WouldBlock
-from unionfs.union import Changes, DirHandle, Union
+from unionfs.union import Changes, DirHandle, Union, stored
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ Handler = Callable[[int, int, int, int, bytes], Answer]
 # FUSE_SETATTR's `valid`.
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH, _ATIME_NOW, _MTIME_NOW = (1 << bit for bit in range(9))
 _TOUCHED: Final = _ATIME_NOW | _MTIME_NOW
+
+_GETXATTR: Final = 22
 
 _KEEP_CACHE: Final = 1 << 1
 _CACHE_DIR: Final = 1 << 3
@@ -90,6 +92,7 @@ class Direct:
         self._handles = handles
         self._dir_handles = dir_handles
         self._timeout = float(timeout)
+        self._ids = union.config.ids if union.config.ids.needed else None
         self._getxattr = union.getxattr_of_unchanging if timeout >= _LASTING else union.getxattr
         self._invalidate_changed = invalidate_changed
         self._closed = closed
@@ -99,6 +102,8 @@ class Direct:
         self._serial = 0
         self._kept: set[int] = set()  # directories whose kept listing a reader uses
         handlers = self._handlers()
+        if not union.config.shows_as_stored:
+            del handlers[_GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
         if union.door.is_slow:
             handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
         native.answer_directly(handlers, _failed)
@@ -118,7 +123,7 @@ class Direct:
             12: self.rename,
             14: self.open,
             18: self.release,
-            22: self.getxattr,
+            _GETXATTR: self.getxattr,
             27: self.opendir,
             29: self.releasedir,
             30: self.fsyncdir,
@@ -137,6 +142,9 @@ class Direct:
             return None
         return node
 
+    def _caller(self, uid: int, gid: int, umask: int, pid: int) -> Caller:
+        return caller(self._ids, uid, gid, umask, pid)
+
     def _changed(self) -> None:
         if self._up.notify_changed:
             self._invalidate_changed()
@@ -154,6 +162,8 @@ class Direct:
             timeout = 0.0
         if node.handles and not self._handles.attributes_stay(node, st.st_mode):
             attributes = 0.0
+        if self._ids is not None:
+            st = self._ids.shown(st)
         return native.pack_entry(node.id, node.ino, timeout, attributes, nlink, blocks, st)
 
     def _attributes(self, node: Node, st: os.stat_result) -> bytes:
@@ -167,6 +177,8 @@ class Direct:
             blocks = self._tree.blocks(node, st)
         if node.handles and not self._handles.attributes_stay(node, st.st_mode):
             timeout = 0.0
+        if self._ids is not None:
+            st = self._ids.shown(st)
         return native.pack_attributes(node.ino, timeout, nlink, blocks, st)
 
     def _handed_out(self, fd: int) -> bytes:
@@ -232,7 +244,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            return self._made(self._dirs.symlink(parent, name, target, Caller(uid, gid, 0, pid)))
+            return self._made(self._dirs.symlink(parent, name, target, self._caller(uid, gid, 0, pid)))
         finally:
             self._changed()
 
@@ -244,7 +256,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            return self._made(self._dirs.mkdir(parent, name, mode, Caller(uid, gid, umask, pid)))
+            return self._made(self._dirs.mkdir(parent, name, mode, self._caller(uid, gid, umask, pid)))
         finally:
             self._changed()
 
@@ -309,7 +321,7 @@ class Direct:
         if node is None:
             return None
         valid, _, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, new_uid, new_gid, _ = _setattr_in(body)
-        who = Caller(uid, gid, 0, pid)
+        who = self._caller(uid, gid, 0, pid)
         kill = who if valid & _SIZE and native.kill_suidgid(uid) else None
         changes = Changes(
             mode=mode if valid & _MODE else None,
@@ -322,6 +334,7 @@ class Direct:
         )
         try:
             handle = fh if valid & _FH else -1
+            changes = stored(self._ids, changes)
             answer = self._attributes(node, self._union.setattr(node, changes, handle, kill_for=kill, who=who))
             while node in self._up.notify_changed:
                 self._up.notify_changed.remove(node)  # the answer says it
@@ -350,7 +363,7 @@ class Direct:
         if node is None:
             return None
         flags, _ = wire.open_in(body)
-        kill = Caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
+        kill = self._caller(uid, gid, 0, pid) if flags & os.O_TRUNC and native.kill_suidgid(uid) else None
         try:
             fd = self._union.open_file(node, flags, kill_for=kill)
             try:
@@ -375,7 +388,7 @@ class Direct:
         if parent is None:
             return None
         try:
-            node, st, fd = self._union.create_file(parent, name, mode, flags, Caller(uid, gid, umask, pid))
+            node, st, fd = self._union.create_file(parent, name, mode, flags, self._caller(uid, gid, umask, pid))
         finally:
             self._changed()
         try:

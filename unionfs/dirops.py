@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from unionfs import acl, sysio
 from unionfs.config import MountConfig
 from unionfs.copyup import CopyUp
+from unionfs.idmap import IdMap
 from unionfs.inodes import (
     IMPURE,
     INDEXED,
@@ -39,12 +40,28 @@ from unionfs.workdir import WorkDir, set_impure
 
 
 class Caller(NamedTuple):
-    """Who asks: effective ids and umask of the process, and the groups that count for set-group-id."""
+    """Who asks: effective ids and umask of the process, and the groups that count for set-group-id.
+
+    Where the mount shows other owners than it stores, the ids are those to store, `ids` translates, and `asked` is the
+    user in the request.
+    """
 
     uid: int
     gid: int
     umask: int = 0
     pid: int = 0
+    ids: IdMap | None = None
+    asked: int | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether that is root: of the machine, or of those whose files are stored as root's."""
+        return self.uid == 0 or self.asked == 0
+
+
+def caller(ids: IdMap | None, uid: int, gid: int, umask: int, pid: int) -> Caller:
+    """Return who asks, given the ids of a request."""
+    return Caller(uid, gid, umask, pid) if ids is None else Caller(*ids.creator(uid, gid), umask, pid, ids, uid)
 
 
 _OPEN_FOR_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -57,17 +57,26 @@ class NativeDirectories(Watcher):
 class Handles:
     """The open files of one mount, as the native layer sees them."""
 
-    def __init__(self, *, timeout: float, read_only: bool, fstat: Callable[[int], os.stat_result] = os.fstat) -> None:
+    def __init__(
+        self,
+        *,
+        timeout: float,
+        read_only: bool,
+        owning: bool = True,
+        fstat: Callable[[int], os.stat_result] = os.fstat,
+    ) -> None:
         """Start without any.
 
         Args:
             timeout: how long the kernel may keep attributes, in seconds.
             read_only: whether the union has no upper, so that nothing is ever copied up.
+            owning: whether attributes are shown as a descriptor tells them.
             fstat: how to get the attributes of a handle.
         """
         self._fstat = fstat
         self._timeout = timeout
         self._read_only = read_only
+        self._owning = owning
         self._granted: bool | None = None
         self._modes = native.IoModes()
         self._mappers: dict[int, set[int]] = {}  # node id → its passed handles that may have written mappings
@@ -117,7 +126,7 @@ class Handles:
             if self._modes.opened(node.id, fd, allowed=passing) and flags & os.O_ACCMODE == os.O_RDWR:
                 self._mappers.setdefault(node.id, set()).add(fd)
                 stale = True
-        if node.flags & _DECIDED == UPPER:
+        if self._owning and node.flags & _DECIDED == UPPER:
             native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._mappers else self._timeout)
         return stale
 

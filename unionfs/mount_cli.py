@@ -52,6 +52,10 @@ BLOCKS: list[Block] = [
             ("allow_other", "others see the mount; root's default"),
             ("noallow_other", "they don't"),
             ("fsname=NAME", "the source that /proc/mounts shows"),
+            ("uidmapping=, gidmapping=", "show other owners: STORED:SHOWN:LENGTH[:...]"),
+            ("squash_to_root", "show root as the owner of all; also squash_to_uid=, squash_to_gid="),
+            ("static_nlink", "directories show a link count of 1"),
+            ("noacl", "no POSIX ACLs"),
             ("whiteout=KIND", "how removals are marked: auto, char, xattr, wh"),
             ("native=off", "file data goes through Python"),
             ("passthrough=off", "the kernel does not read and write files of upper by itself"),
@@ -148,7 +152,7 @@ def mount(
     **given: Any,
 ) -> None:
     """Mount a union and return when it answers."""
-    from unionfs import daemon, preflight
+    from unionfs import daemon, notify, preflight
 
     file = read_mount_file(config_file) if config_file is not None else MountFile()
     config = _config(file, foreground=foreground, **given)
@@ -161,7 +165,7 @@ def mount(
     )
     preflight.check(config)
     if foreground:
-        daemon.serve(config, lambda: None, volumes)
+        daemon.serve(config, lambda: notify.tell(notify.READY), volumes)
     else:
         daemon.start(config, volumes)
 

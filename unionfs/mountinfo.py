@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FUSE_TYPE = "fuse.unionfs"
@@ -29,6 +30,11 @@ class Mount:
     fstype: str
     source: str
     super_options: str
+
+    @property
+    def is_idmapped(self) -> bool:
+        """Whether the kernel shows other owners there than the file system has (mount_setattr(2), Linux 5.12)."""
+        return "idmapped" in self.options.split(",")
 
     @property
     def user_id(self) -> int | None:
@@ -64,7 +70,7 @@ def mounted_at(mountpoint: str, mounts: list[Mount] | None = None) -> Mount | No
     return found[-1] if found else None
 
 
-def place_of(path: str, mounts: list[Mount]) -> Place:
+def place_of(path: str, mounts: Sequence[Mount]) -> Place:
     """Return where directory `path` lies.
 
     Raises OSError where it can't be reached.
@@ -83,7 +89,7 @@ def mount_id_of(fd: int) -> int:
     return int(fields["mnt_id"])
 
 
-def _place_of_fd(fd: int, mounts: list[Mount]) -> Place:
+def _place_of_fd(fd: int, mounts: Sequence[Mount]) -> Place:
     mount_id = mount_id_of(fd)
     real = os.readlink(f"/proc/self/fd/{fd}")
     for mount in mounts:

@@ -23,7 +23,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -333,6 +332,8 @@ class MountedVolumes:
         places = {mount.mount_id: mount.mountpoint for mount in read_mounts()}
         bound = [places[bind.mount_id] for bind in reversed(self._binds) if bind.mount_id in places]
         if bound:
+            import subprocess
+
             command = ["umount", "-i", "-c", "-l", "--", *bound]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

@@ -25,18 +25,18 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from unionfs import native, protect
+from unionfs import acl, native, protect
 from unionfs.config import MountConfig
 from unionfs.copyup import DataCopy, DataCopyPending
 from unionfs.direct import Direct
-from unionfs.dirops import Caller
+from unionfs.dirops import Caller, caller
 from unionfs.following import Following
 from unionfs.handles import Handles, NativeDirectories
 from unionfs.inodes import INDEXED, META, Node
 from unionfs.merge import Entry
 from unionfs.patience import Patience
 from unionfs.slow import WouldBlock, committed
-from unionfs.union import Changes, DirHandle, Union, clear_suidgid
+from unionfs.union import Changes, DirHandle, Union, clear_suidgid, stored
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,12 @@ class UnionOperations(pyfuse3.Operations):
         self._dir_handles: dict[int, DirHandle] = {}
         self._serial = 0
         self._native = False
-        self._handles = Handles(timeout=self._timeout, read_only=config.upper is None, fstat=union.door.fstat)
+        self._ids = config.ids if config.ids.needed else None
+        self._owning = config.shows_as_stored
+        self.enable_acl = config.acl
+        self._handles = Handles(
+            timeout=self._timeout, read_only=config.upper is None, owning=self._owning, fstat=union.door.fstat
+        )
         union.door.stat_opened = config.upper is None
         self._invalidations = 0
         self.patience = Patience(union.door)
@@ -126,7 +131,7 @@ class UnionOperations(pyfuse3.Operations):
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()
-        if self._native:
+        if self._native and self._owning:
             self._tree.dirfds.watcher = NativeDirectories(self._timeout)
         if self._native and covered is not None:
             self._direct = Direct(
@@ -187,6 +192,8 @@ class UnionOperations(pyfuse3.Operations):
             attr.attr_timeout = 0
         attr.st_mode = st.st_mode
         attr.st_nlink = self._tree.nlink(node, st)
+        if self._ids is not None:
+            st = self._ids.shown(st)
         attr.st_uid = st.st_uid
         attr.st_gid = st.st_gid
         attr.st_rdev = st.st_rdev
@@ -205,9 +212,8 @@ class UnionOperations(pyfuse3.Operations):
         attr.entry_timeout = self._timeout
         return attr
 
-    @staticmethod
-    def _caller(ctx: RequestContext) -> Caller:
-        return Caller(ctx.uid, ctx.gid, ctx.umask, ctx.pid)
+    def _caller(self, ctx: RequestContext) -> Caller:
+        return caller(self._ids, ctx.uid, ctx.gid, ctx.umask, ctx.pid)
 
     async def _settled(self, operation: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call an operation that changes something; wait for the copies of data that it needs first."""
@@ -310,7 +316,7 @@ class UnionOperations(pyfuse3.Operations):
         kill = self._caller(ctx) if fields.update_size and native.kill_suidgid(ctx.uid) else None
         node = self._union.node(inode)
         handle = -1 if fh is None else fh
-        changes, who = wanted_changes(attr, fields), self._caller(ctx)
+        changes, who = stored(self._ids, wanted_changes(attr, fields)), self._caller(ctx)
         st = await self._settled(self._union.setattr, node, changes, handle, kill_for=kill, who=who)
         return self._attributes(node, st)
 
@@ -577,10 +583,21 @@ class UnionOperations(pyfuse3.Operations):
 
     # -- extended attributes --
 
+    def _xattr_name(self, name: bytes) -> str:
+        """Return an attribute's name. Raises EOPNOTSUPP for an ACL where there are none."""
+        text = os.fsdecode(name)
+        if text in acl.NAMES and not self.enable_acl:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return text
+
     @handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Return an extended attribute."""
-        return self._union.getxattr(self._union.node(inode), os.fsdecode(name))
+        text = self._xattr_name(name)
+        value = self._union.getxattr(self._union.node(inode), text)
+        if self._ids is not None and text in acl.NAMES:
+            value = acl.translated(value, self._ids.shown_uid, self._ids.shown_gid)
+        return value
 
     @handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
@@ -589,6 +606,8 @@ class UnionOperations(pyfuse3.Operations):
         if ctx.uid != 0:
             # Listing them takes CAP_SYS_ADMIN, which the kernel leaves to the file system (``ovl_can_list``).
             names = [name for name in names if not name.startswith("trusted.")]
+        if not self.enable_acl:
+            names = [name for name in names if name not in acl.NAMES]
         return [os.fsencode(name) for name in names]
 
     @handler
@@ -596,9 +615,12 @@ class UnionOperations(pyfuse3.Operations):
         """Set an extended attribute."""
         flags = native.xattr_flags()
         node = self._union.node(inode)
-        await self._settled(self._union.setxattr, node, os.fsdecode(name), value, flags, self._caller(ctx))
+        text = self._xattr_name(name)
+        if self._ids is not None and text in acl.NAMES:
+            value = acl.translated(value, self._ids.stored_uid, self._ids.stored_gid)
+        await self._settled(self._union.setxattr, node, text, value, flags, self._caller(ctx))
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
-        await self._settled(self._union.removexattr, self._union.node(inode), os.fsdecode(name))
+        await self._settled(self._union.removexattr, self._union.node(inode), self._xattr_name(name))

@@ -24,6 +24,16 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 __all__ = [
+    "MS_DIRSYNC",
+    "MS_NOATIME",
+    "MS_NODEV",
+    "MS_NODIRATIME",
+    "MS_NOEXEC",
+    "MS_NOSUID",
+    "MS_RDONLY",
+    "MS_RELATIME",
+    "MS_STRICTATIME",
+    "MS_SYNCHRONOUS",
     "RENAME_EXCHANGE",
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
@@ -36,6 +46,7 @@ __all__ = [
     "clone_tree",
     "copy_data",
     "die_with_parent",
+    "enter_mount_namespace",
     "entry_path",
     "fd_path",
     "file_handle",
@@ -51,6 +62,7 @@ __all__ = [
     "open_by_handle",
     "open_in_root",
     "protected",
+    "remount",
     "rename",
     "seconds_to_stat",
     "set_fsxattr",
@@ -235,7 +247,39 @@ def unmount(path: bytes, *, detach: bool = False) -> None:
         raise _fail(path)
 
 
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_SYNCHRONOUS: Final = 16
+MS_DIRSYNC: Final = 128
+MS_NOATIME: Final = 1024
+MS_NODIRATIME: Final = 2048
+MS_RELATIME: Final = 1 << 21
+MS_STRICTATIME: Final = 1 << 24
+_MS_REMOUNT: Final = 32
+
+
+def remount(path: str, flags: int) -> None:
+    """Give the mount on *path* these flags of ``mount(2)``, its file system too; EBUSY if it is being written to."""
+    if _libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(_MS_REMOUNT | flags), None) != 0:
+        raise _fail()
+
+
 # -- processes --
+
+_CLONE_NEWNS: Final = 0x20000
+
+
+def enter_mount_namespace(path: str) -> None:
+    """Move this process, which must have one thread, to the mount namespace that a file of ``/proc`` names."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.setns(fd, _CLONE_NEWNS) != 0:
+            raise _fail()
+    finally:
+        os.close(fd)
+
 
 _PR_SET_PDEATHSIG: Final = 1
 

@@ -304,7 +304,7 @@ class Tree:
             return node.nlink
         if node.flags & UNLINKED:
             return st.st_nlink if node.flags & UPPER else 0
-        if isinstance(node, Dir) and node.is_merged:
+        if isinstance(node, Dir) and (node.is_merged or self.config.static_nlink):
             return 1
         return st.st_nlink
 

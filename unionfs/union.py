@@ -28,6 +28,7 @@ from unionfs.copyup import CAPABILITY, CopyUp, DataCopy
 from unionfs.dirfds import DirFds
 from unionfs.dirops import Caller, DirOps
 from unionfs.errors import LayerError
+from unionfs.idmap import IdMap
 from unionfs.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
 from unionfs.layers import LayerStack
 from unionfs.listing import Lister
@@ -63,6 +64,16 @@ class Changes(NamedTuple):
 _NOTHING: Final = Changes()
 
 _OF_EACH_USE: Final = frozenset((CAPABILITY, acl.ACCESS, acl.DEFAULT, "security.selinux"))
+
+
+def stored(ids: IdMap | None, changes: Changes) -> Changes:
+    """Return changes with the owner to store, given the one to show. Raises OSError, EOVERFLOW."""
+    if ids is None or changes.uid is changes.gid is None:
+        return changes
+    uid = None if changes.uid is None else ids.stored_uid(changes.uid)
+    gid = None if changes.gid is None else ids.stored_gid(changes.gid)
+    return changes._replace(uid=uid, gid=gid)
+
 
 _DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
 _HASH_MASK: Final = (1 << 61) - 1
@@ -387,7 +398,7 @@ class Union:
         """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
         self.protection.check_change(node)
         self._need_upper(node)
-        if name == acl.ACCESS and who.uid:
+        if name == acl.ACCESS and not who.is_root:
             self._drop_foreign_sgid(node, who)
         disk = self.fmt.to_disk(name)
         if len(os.fsencode(disk)) > 255:
@@ -444,7 +455,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
     The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
     same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
     """
-    if not stat.S_ISREG(st.st_mode) or who.uid in (0, st.st_uid) or not _suidgid_to_clear(st, who):
+    if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
         return
     if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -452,7 +463,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
 
 def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
     """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
-    drop = _suidgid_to_clear(st, who) if who.uid and stat.S_ISREG(st.st_mode) else 0
+    drop = _suidgid_to_clear(st, who) if not who.is_root and stat.S_ISREG(st.st_mode) else 0
     return st.st_mode & ~drop if drop else 0
 
 
@@ -464,14 +475,16 @@ def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
 
 
 def in_group(who: Caller, gid: int) -> bool:
+    """Whether a process is in the group that a layer's file has; its other groups are in /proc only."""
     if who.gid == gid:
         return True
+    shown = gid if who.ids is None else who.ids.shown_gid(gid)
     try:
         with open(f"/proc/{who.pid}/status", encoding="ascii", errors="replace") as lines:
             groups = next((line for line in lines if line.startswith("Groups:")), "")
     except OSError:
         return False
-    return str(gid) in groups.split()[1:]
+    return str(shown) in groups.split()[1:]
 
 
 def _descriptor_room(layers: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,12 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_APPEND_FL = 0x20
 FS_IMMUTABLE_FL = 0x10
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
+MOUNT_ATTR_IDMAP = 0x100000
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
+SYS_MOUNT_SETATTR = 442
 SYS_GETDENTS64 = 217 if os.uname().machine == "x86_64" else 61
 SYS_SETGROUPS = 116 if os.uname().machine == "x86_64" else 159
 SYS_SETRESGID = 119 if os.uname().machine == "x86_64" else 149
@@ -68,6 +76,24 @@ def unshare(flags: int) -> None:
 def mount(source: str, target: PathArg, kind: str) -> None:
     """mount(2) without flags or data."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(kind), 0, None), target)
+
+
+def idmapped_bind(source: PathArg, target: PathArg, mapping: str) -> None:
+    """Bind a directory with other owners; `mapping` is what uid_map and gid_map of a user namespace get."""
+    holder = subprocess.Popen(["unshare", "-U", "sh", "-c", "echo; read -r line"], stdin=-1, stdout=-1)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    for name in ("uid_map", "gid_map"):
+        Path(f"/proc/{holder.pid}/{name}").write_text(mapping)
+    namespace = os.open(f"/proc/{holder.pid}/ns/user", os.O_RDONLY)
+    tree = _check(_libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE))
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, namespace)
+    _check(_libc.syscall(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, ctypes.c_size_t(len(attributes))))
+    _check(_libc.syscall(SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH))
+    os.close(tree)
+    os.close(namespace)
+    holder.communicate(b"\n")
 
 
 def umount2(target: PathArg, flags: int) -> None:

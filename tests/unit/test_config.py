@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from unionfs.config import (
     MAX_LOWERS,
     MountConfig,
+    as_json,
     default_work,
     escape_lower,
+    given_settings,
     parse_lowers,
     parse_mount,
     split_options,
     unescape,
 )
 from unionfs.errors import EXIT_CODES, UnionError, UsageError, from_exit_code
+from unionfs.idmap import IdMap, Range
 
 
 def config(*options: str, upper: bool = True, **more: Any) -> MountConfig:
@@ -180,6 +183,37 @@ def test_unknown_option_suggests_a_known_one() -> None:
 
 def test_options_that_only_mount8_cares_for_are_ignored() -> None:
     assert config("defaults,rw,noauto,user,nofail,_netdev,x-systemd.automount,default_permissions") == config()
+
+
+def test_sloppy_leaves_out_what_is_unknown() -> None:
+    assert config("no_such=1,ro,other", sloppy=True) == config("ro")
+    with pytest.raises(UsageError):
+        config("timeout=x", sloppy=True)
+
+
+def test_owners() -> None:
+    ids = config("uidmapping=0:10:5,squash_to_gid=7,gidmapping=1:2:3").ids
+    assert (ids.uids, ids.gids, ids.squash_uid, ids.squash_gid) == (((0, 10, 5),), ((1, 2, 3),), None, 7)
+    assert not config("uidmapping=0:10:5").shows_as_stored
+    assert not config("noacl").shows_as_stored
+    assert not config("static_nlink").shows_as_stored
+    assert config("timeout=1").shows_as_stored
+
+
+def test_settings_by_themselves() -> None:
+    """As they stand in the record of a mount, from which remount sees whether they change anything."""
+    given = given_settings(["lowerdir=/a:/b::/d,upperdir=/u,metacopy=off", "noexec,allow_other,squash_to_root,x-a=b"])
+    assert given.pop("ids").squash_uid == 0
+    layers = {"lowers": ["/a", "/b"], "data_lowers": ["/d"], "upper": "/u"}
+    assert given == {**layers, "metacopy": False, "allow_other": True}
+    with pytest.raises(UsageError):
+        given_settings(["no_such"])
+
+
+def test_settings_as_json() -> None:
+    mapping = IdMap(uids=(Range(0, 1, 2),))
+    assert as_json(mapping) == {"uids": [[0, 1, 2]], "gids": [], "squash_uid": None, "squash_gid": None}
+    assert as_json(("a", 1)) == ["a", 1]
 
 
 def test_later_options_win() -> None:

@@ -17,7 +17,20 @@ PACKAGE = Path(unionfs.__file__).parent
 
 # Bottom to top. `_native` is the C extension, which imports nothing.
 ORDER = [
-    *("_native", "errors", "config", "volumespec", "sysio", "acl", "inodes", "markers", "slow", "layers", "dirfds"),
+    *(
+        "_native",
+        "errors",
+        "idmap",
+        "config",
+        "volumespec",
+        "sysio",
+        "acl",
+        "inodes",
+        "markers",
+        "slow",
+        "layers",
+        "dirfds",
+    ),
     *("merge", "workdir", "resolve", "tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind"),
     *("native", "wire", "dispatch", "handles", "patience", "following", "direct", "bind_direct", "ops", "bind_ops"),
     *("mountinfo", "control", "preflight", "kernelbind"),
@@ -25,10 +38,13 @@ ORDER = [
     *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
     *(
         "unmount",
+        "notify",
         "daemon",
         "inspection",
         "mountfile",
+        "mount8",
         "doctor",
+        "podman_cli",
         "clihelp",
         "mount_cli",
         "volume_cli",
