@@ -26,6 +26,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -41,6 +42,7 @@ OFFLOAD_BYTES: Final = 4 << 20
 CAPABILITY: Final = "security.capability"
 _MUST_COPY: Final = ("security.", "system.posix_acl_")
 _SECOND: Final = 1_000_000_000
+_CLOCK_REALTIME_COARSE: Final = 5  # the `time` module has no name for it
 _COPIED_FLAGS: Final = sysio.FS_SYNC | sysio.FS_NOATIME  # OVL_COPY_FS_FLAGS_MASK
 _PROTECTION: Final = sysio.FS_IMMUTABLE | sysio.FS_APPEND
 # Flags that say how the file system stores a file (extents, inline data): not anybody's wish.
@@ -59,8 +61,9 @@ class DataCopyPending(Exception):
 class DataCopy:
     """The bytes of one file on their way up. ``run`` may be called in any thread, the rest where the core runs.
 
-    *source*, *target* and *size* are the lower file, the copy and how much of it is wanted. *in_place* says that the
-    copy is a metacopy in upper, otherwise it is a new file in work, with a *name* or without.
+    *source*, *target* and *size* are the lower file, the copy and how much of it is wanted. *cut* says that this is not
+    all of it: then the file counts as changed now. *in_place* says that the copy is a metacopy in upper, otherwise it
+    is a new file in work, with a *name* or without.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class DataCopy:
         name: bytes | None,
         size: int,
         *,
+        cut: bool,
         in_place: bool = False,
         may_follow: bool = False,
     ) -> None:
@@ -83,7 +87,7 @@ class DataCopy:
         self.size = size
         self.may_follow = may_follow
         self.follows = False
-        self._written: Callable[[], int] = lambda: 0
+        self._written: Callable[[], int] = _now if cut else lambda: 0
         self._name = name
         self._in_place = in_place
         # Writing data in place changes the times and drops capabilities: both are put back.
@@ -187,7 +191,7 @@ class DataCopy:
         if self._capability is not None:
             os.setxattr(self.target, CAPABILITY, self._capability)
         if self._before is not None:
-            sysio.utimens_fd(self.target, self._before.st_atime_ns, self._before.st_mtime_ns)
+            sysio.utimens_fd(self.target, self._before.st_atime_ns, self._written() or self._before.st_mtime_ns)
 
     def abandon(self) -> None:
         """Give up: remove what is unpublished."""
@@ -201,6 +205,11 @@ class DataCopy:
         if self.target >= 0:
             os.close(self.target)
         self.source = self.target = -1
+
+
+def _now() -> int:
+    """Return the time by the clock of file systems, in nanoseconds."""
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
 
 
 def _inode_flags(path: bytes) -> int:
@@ -354,11 +363,13 @@ class CopyUp:
         wanted = whole if size is None else min(size, whole)
         self._foresee(node, self.tree.path(node), st)
         if data and wanted:
-            self._copy_to_temp(node, wanted, may_follow=wanted == whole and self._may_follow(node, whole))
+            cut = wanted < whole
+            self._copy_to_temp(node, wanted, cut=cut, may_follow=not cut and self._may_follow(node, whole))
             return
         target, name = self._work().open_temp()
+        size, mtime = (wanted, _now() if wanted < whole else 0) if data else (whole, 0)
         try:
-            self.publish_regular(node, target, name, metacopy=not data, size=whole if not data else wanted, st=st)
+            self.publish_regular(node, target, name, metacopy=not data, size=size, mtime=mtime, st=st)
             if data:
                 self.reopen_handles(node)
         except BaseException:
@@ -377,7 +388,7 @@ class CopyUp:
         whole = self.tree.stat(node).st_size
         wanted = whole if size is None else min(size, whole)
         if wanted == whole and self._may_follow(node, whole):
-            self._copy_to_temp(node, wanted, may_follow=True)
+            self._copy_to_temp(node, wanted, cut=False, may_follow=True)
             return
         source = self.tree.open_real(node, os.O_RDONLY)
         try:
@@ -385,7 +396,7 @@ class CopyUp:
         except BaseException:
             self.tree.door.close_file(source)
             raise
-        self._start(DataCopy(self, node, source, target, None, wanted, in_place=True), wanted)
+        self._start(DataCopy(self, node, source, target, None, wanted, cut=wanted < whole, in_place=True), wanted)
 
     def _may_follow(self, node: Node, size: int) -> bool:
         """Tell whether the data of a file may follow.
@@ -405,14 +416,14 @@ class CopyUp:
             return False
         return CAPABILITY not in self.tree.door.list_xattrs(self.tree.path(node))
 
-    def _copy_to_temp(self, node: Node, size: int, *, may_follow: bool) -> None:
+    def _copy_to_temp(self, node: Node, size: int, *, cut: bool, may_follow: bool) -> None:
         source = self.tree.open_real(node, os.O_RDONLY)
         try:
             target, name = self._work().open_temp()
         except BaseException:
             self.tree.door.close_file(source)
             raise
-        self._start(DataCopy(self, node, source, target, name, size, may_follow=may_follow), size)
+        self._start(DataCopy(self, node, source, target, name, size, cut=cut, may_follow=may_follow), size)
 
     def _start(self, job: DataCopy, size: int) -> None:
         self.copies += 1

@@ -13,8 +13,8 @@ from tests.mount.posix import BEHAVIOURS
 from tests.mount.posix.table import Behaviour, close_below, plant, touch_all
 from tests.mount.test_stacking import TREE, work_hard
 from tests.support.filesystems import FS_KINDS, FsKind
-from tests.support.layers import build
-from tests.support.mounts import Stack
+from tests.support.layers import File, build
+from tests.support.mounts import Kind, Stack
 from tests.support.snapshot import assert_same, snapshot
 
 StackMaker = Callable[..., Stack]
@@ -83,6 +83,26 @@ def test_work_across(
     oracle.lowers, oracle.upper, oracle.work = stack.lowers, stack.upper, stack.work
     assert_same(view, snapshot(oracle.mount()))
     oracle.umount()
+
+
+@pytest.mark.parametrize("upper_on", FS_KINDS)
+@pytest.mark.parametrize("metacopied", [False, True])
+def test_truncation_changes_the_time(
+    kind: Kind, make_stack: StackMaker, on_file_system: FileSystemMaker, upper_on: FsKind, metacopied: bool
+) -> None:
+    """The copy is made with the new size, so truncating it again is no change to xfs, btrfs and tmpfs."""
+    stack = make_stack(kind, base=on_file_system(upper_on))
+    build(stack.lower, {name: File(b"x" * 5000, mtime=10**18) for name in ("some", "all", "opened")})
+    root = stack.mount()
+    if metacopied:
+        for path in root.iterdir():
+            path.chmod(0o600)
+    os.truncate(root / "some", 100)
+    os.truncate(root / "all", 0)
+    os.close(os.open(root / "opened", os.O_WRONLY | os.O_TRUNC))
+    stack.remount()
+    assert [path.stat().st_size for path in sorted(root.iterdir())] == [0, 0, 100]
+    assert all(path.stat().st_mtime > 1.1e9 for path in root.iterdir())
 
 
 @pytest.mark.parametrize("upper_on", FS_KINDS)
