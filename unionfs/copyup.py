@@ -595,12 +595,15 @@ class CopyUp:
         index_fd = self.tree.resolver.index_fd
         if self.tree.door.is_slow:
             self.tree.resolver.decode_origin(origin)  # `_link_up` will, when it is too late to wait
+        # Once it is in the index it is all names' file: from then on its own count, 1, is not what they show.
+        path = sysio.fd_path(fd) if name is None else sysio.entry_path(self._work().fd, name)
+        count = encode_nlink("U", st.st_nlink - 1)
+        os.setxattr(path, self.tree.fmt.nlink, count, follow_symlinks=name is None)
         self._publish(fd, name, index_fd, entry)
         self.tree.index_names[node] = entry
         node.flags |= INDEXED
         node.nlink = st.st_nlink
         self._became_upper(node, rino)
-        self.set_nlink(node)
 
     def _link_up(self, node: Node, parent: Dir, name: bytes) -> None:
         index_fd, entry = self.tree.resolver.index_fd, self.tree.index_names[node]
