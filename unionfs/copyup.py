@@ -138,6 +138,7 @@ class DataCopy:
             up.replace_meta(node, self.target, self._name, mtime=mtime)
         if not self.follows:
             up.reopen_handles(node)
+        up.name_indexed(node)
 
     def publish(self) -> None:
         """End the node's waiting for this copy and finish it."""
@@ -277,8 +278,7 @@ class CopyUp:
         self._work()
         self.idle(node)
         if node.flags & UPPER:
-            if node.flags & INDEXED and node.parent is not None:
-                self.alias(node, node.parent, node.name)
+            self.name_indexed(node)
             if data and node.flags & META:
                 self._complete(node, size)
             return
@@ -351,6 +351,7 @@ class CopyUp:
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
             origin = self._mark_origin(node, st, target, follow=False)
             self._place(node, st, rino, work.fd, temp, origin)
+        self.name_indexed(node)
 
     # -- regular files --
 
@@ -378,6 +379,7 @@ class CopyUp:
             raise
         finally:
             os.close(target)
+        self.name_indexed(node)
 
     def _complete(self, node: Node, size: int | None) -> None:
         """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).
@@ -454,7 +456,7 @@ class CopyUp:
     ) -> None:
         """Finish a regular file built in work: metadata, marks, and its place in upper or the index.
 
-        Where it has data, the caller sees to open handles (`reopen_handles`).
+        The caller sees to open handles where it has data (`reopen_handles`), and then to `name_indexed`.
         *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not. *st* is the lower file's stat result.
         """
         source = self.tree.path(node)
@@ -555,7 +557,10 @@ class CopyUp:
         return self._set_origin(node.layer, dirfd, name, path, follow=follow)
 
     def _place(self, node: Node, st: os.stat_result, rino: int, fd: int, name: bytes | None, origin: bytes) -> None:
-        """Give a finished object its place. *fd* is the object, or the work directory of *name*; *rino* its number."""
+        """Give a finished object its place. *fd* is the object, or the work directory of *name*; *rino* its number.
+
+        One that has come into the index is up from then on; `name_indexed` gives it its name.
+        """
         parent = node.parent
         if node.flags & UNLINKED or parent is None:
             self._keep_nameless(node, fd, name)
@@ -565,7 +570,6 @@ class CopyUp:
         to_fd = self.tree.dirfds.upper(parent)
         if origin and st.st_nlink > 1:
             self._to_index(node, st, rino, fd, name, origin)
-            self._link_up(node, parent, node.name)
             return
         with self._parent_times(to_fd):
             self._mark_impure(parent, to_fd)
@@ -604,6 +608,14 @@ class CopyUp:
         node.flags |= INDEXED
         node.nlink = st.st_nlink
         self._became_upper(node, rino)
+
+    def name_indexed(self, node: Node) -> None:
+        """Give a file that has come into the index the name that it was copied up by; harmless for others.
+
+        Comes last: if it fails the file is up all the same, and gets its name with the next change.
+        """
+        if node.flags & INDEXED and node.parent is not None:
+            self.alias(node, node.parent, node.name)
 
     def _link_up(self, node: Node, parent: Dir, name: bytes) -> None:
         index_fd, entry = self.tree.resolver.index_fd, self.tree.index_names[node]
