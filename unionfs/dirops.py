@@ -129,9 +129,10 @@ class DirOps:
                 if not self._whiteout_at(upper, name):
                     raise
             else:
-                if is_dir and parent.is_merged and self._mark_new_dirs:
-                    self._set_opaque(sysio.entry_path(upper, name), best_effort=True)
-                return self._made(parent, upper, name, made, opaque=is_dir and parent.is_merged)
+                opaque = is_dir and parent.is_merged and self._mark_new_dirs
+                if opaque:
+                    opaque = self._set_opaque(sysio.entry_path(upper, name), best_effort=True)
+                return self._made(parent, upper, name, made, opaque=opaque)
         over = self._whiteout_at(upper, name)
         with work.temp_entry() as temp:
             made.make(work.fd, temp, plan.bits)
@@ -139,7 +140,7 @@ class DirOps:
                 self._dress(work.fd, temp, plan, made)
                 opaque = is_dir and (over or (parent.is_merged and self._mark_new_dirs))
                 if opaque:
-                    self._set_opaque(sysio.entry_path(work.fd, temp), best_effort=not over)
+                    opaque = self._set_opaque(sysio.entry_path(work.fd, temp), best_effort=not over)
                 flags = 0 if over and not is_dir else sysio.RENAME_EXCHANGE if over else sysio.RENAME_NOREPLACE
                 sysio.rename(work.fd, temp, upper, name, flags)
             except BaseException:
@@ -207,12 +208,15 @@ class DirOps:
         if not stat.S_ISLNK(plan.bits):
             sysio.chmod_at(dirfd, name, stat.S_IMODE(plan.bits))
 
-    def _set_opaque(self, path: bytes, *, best_effort: bool) -> None:
+    def _set_opaque(self, path: bytes, *, best_effort: bool) -> bool:
+        """Mark a directory opaque; tell whether that is done, which may only fail as a *best_effort*."""
         try:
             os.setxattr(path, self._tree.fmt.opaque, b"y", follow_symlinks=False)
         except OSError as exc:
             if not best_effort:
                 raise _error(errno.EIO if exc.errno == errno.EOPNOTSUPP else exc.errno or errno.EIO) from None
+            return False
+        return True
 
     def _whiteout_at(self, upper: int, name: bytes) -> bool:
         """Tell whether upper has a whiteout at a name; raises EEXIST for anything else there."""
@@ -600,7 +604,9 @@ class DirOps:
             elif not node.flags & OPAQUE and to_dir.is_merged:
                 try:
                     os.setxattr(tree.path(node), tree.fmt.opaque, b"y")
-                except OSError:
+                except OSError as exc:
+                    if exc.errno != errno.EOPNOTSUPP:
+                        raise
                     raise _error(errno.EXDEV, node.name) from None
                 node.flags |= OPAQUE
         elif node.flags & META:

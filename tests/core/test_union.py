@@ -164,6 +164,21 @@ def test_a_moved_lower_directory_keeps_its_content(tmp_path: Path, open_union: O
         union = open_union()
 
 
+def test_a_new_directory_hides_what_its_next_name_hid(tmp_path: Path, open_union: Opener) -> None:
+    """With options that leave new directories unmarked, a rename over a whiteout has to mark it."""
+    (tmp_path / "l2/d/x").mkdir(parents=True)
+    (tmp_path / "l2/d/x/old").write_text("old")
+    options = {"redirect_dir": "off", "metacopy": False, "index": False, "xino": "off"}
+    union = open_union(**options)
+    parent = find_dir(union, "d")
+    union.dirs.unlink(find_dir(union, "d/x"), b"old")
+    union.dirs.rmdir(parent, b"x")
+    union.dirs.mkdir(parent, b"new", 0o755, ROOT)
+    union.dirs.rename(parent, b"new", parent, b"x", 0)
+    union = open_union(**options)
+    assert listing(union, find(union, "d/x")) == []
+
+
 def test_forgotten_nodes_free_their_descriptors(tmp_path: Path, open_union: Opener) -> None:
     for number in range(300):
         (tmp_path / f"l2/d{number}").mkdir()
