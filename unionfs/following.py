@@ -46,8 +46,9 @@ HOLD: Final = "UNIONFS_HOLD_COPIES"
 class _Attempt:
     """One try to complete and publish a copy."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, is_last: bool) -> None:
         self.number = number  # from 1 on
+        self.is_last = is_last  # began when nobody had the file open any more
         self.ended = trio.Event()
         self.error: OSError | None = None  # once it has ended without success
 
@@ -146,7 +147,7 @@ class Following:
     # -- the work --
 
     def _start(self, job: DataCopy, nursery: trio.Nursery, number: int) -> None:
-        job.waiters = attempt = _Attempt(number)
+        job.waiters = attempt = _Attempt(number, is_last=number > 1 and not job.node.handles)
         nursery.start_soon(self._run, job, attempt)
 
     def _try_again(self, job: DataCopy) -> None:
@@ -170,8 +171,12 @@ class Following:
             return
         if attempt.number == 1:
             log.warning("%s: the copy-up has failed (%s), to be tried again", _name(job), attempt.error.strerror)
-        if not job.node.handles:
+        if job.node.handles:
+            return
+        if attempt.is_last or self._nursery is None:
             await self._give_up(job)
+        else:
+            self._start(job, self._nursery, attempt.number + 1)
 
     def _publish(self, job: DataCopy) -> None:
         node = job.node
