@@ -113,7 +113,7 @@ class DataCopy:
             if self.node.anchor < 0:
                 self.up.tree.place(self.node)  # all that could block later
             if self._in_place:
-                self._restore()
+                self._restore(self._written())
                 self.up.complete_meta(self.node, self.target)
             else:
                 self._publish(self._written())
@@ -188,14 +188,19 @@ class DataCopy:
             },
         )
 
-    def _restore(self) -> None:
+    def _restore(self, mtime: int) -> None:
+        """Put back what writing data in place has changed beside it; *mtime* is when it really changed, 0: never."""
         if self._capability is not None:
             os.setxattr(self.target, CAPABILITY, self._capability)
         if self._before is not None:
-            sysio.utimens_fd(self.target, self._before.st_atime_ns, self._written() or self._before.st_mtime_ns)
+            sysio.utimens_fd(self.target, self._before.st_atime_ns, mtime or self._before.st_mtime_ns)
 
     def abandon(self) -> None:
-        """Give up: remove what is unpublished."""
+        """Give up: remove what is unpublished, and let a metacopy look as before."""
+        if self._before is not None and self.target >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.target, self._before.st_size)
+                self._restore(0)
         if self._name is not None and self.up.work is not None:
             self.up.work.discard(self._name)
         self._close()
