@@ -29,6 +29,7 @@ OVERLAY_DEFAULTS = {"redirect_dir": "on", "metacopy": "on", "index": "on", "xino
 """Our own defaults, said aloud to the kernel."""
 USERXATTR_DEFAULTS = {"userxattr": "", "index": "off", "xino": "on"}
 MOUNT_SECONDS = 60
+BUSY_SECONDS = 5
 BAD_LOG = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|^\w*(Error|Exception):")
 
 
@@ -200,7 +201,16 @@ class Stack:
         if self.upper is not None:
             words |= {"upperdir": str(self.upper), "workdir": str(self.work)}
         command = ["mount", "-t", "overlay", "-o", options_text(words), "overlay", str(self.mnt)]
-        _run_mount(command)
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                _run_mount(command)
+                return
+            except MountRefused as refused:
+                # A mount namespace that somebody made meanwhile may hold the last mount of these layers a moment longer.
+                if "busy" not in refused.message or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def _mount_union(self, options: dict[str, str], extra: Sequence[str], under: Sequence[str]) -> None:
         options = {**parse_options(os.environ.get("UFS_OPTIONS", "")), **options}
