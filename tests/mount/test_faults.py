@@ -1,0 +1,165 @@
+"""Resources that end and come back: room, descriptors, a writable upper. The right error, nothing changed, and it goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.filesystems import file_system, run
+from tests.support.mounts import Stack
+from tests.support.snapshot import assert_same, snapshot
+
+LIMIT = 256
+MANY = 20_000
+BIG = os.urandom(2 << 20)
+
+
+def outcome(act: Callable[[], object]) -> int:
+    """The errno of an operation, 0 if it succeeds."""
+    try:
+        act()
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+@contextmanager
+def small_upper(stack: Stack, ground: Path) -> Iterator[Path]:
+    """Upper and work on a file system of their own, of 16 MiB."""
+    with file_system("ext4", ground, size="16M", name="-small") as small:
+        stack.upper, stack.work = small / "upper", small / "work"
+        stack.up.mkdir()
+        stack.work.mkdir()
+        try:
+            yield small
+        finally:
+            stack.umount()
+
+
+def append(path: Path) -> None:
+    with open(path, "ab", buffering=0) as stream:
+        stream.write(BIG)
+
+
+def changes(root: Path) -> dict[str, Callable[[], object]]:
+    """Operations that need room in upper."""
+    return {
+        "copy-up": lambda: os.close(os.open(root / "big", os.O_RDWR)),
+        "create": lambda: (root / "new").write_bytes(BIG),
+        "append": lambda: append(root / "small"),
+        "mkdir": lambda: (root / "dir").mkdir(),
+        "unlink": lambda: os.unlink(root / "tree/leaf"),
+        "rename": lambda: os.rename(root / "tree", root / "trunk"),
+    }
+
+
+def fill(directory: Path) -> None:
+    """Use all inodes and all room of a file system."""
+    with suppress(OSError):
+        for number in range(100_000):
+            (directory / f"ballast{number}").touch()
+    with suppress(OSError), open(directory / "ballast0", "wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+
+
+def test_no_room(ours: Stack, ground: Path) -> None:
+    """What fails for want of room leaves all as it was, and succeeds when there is room again."""
+    (ours.lower / "tree").mkdir()
+    for name, data in (("big", BIG), ("small", b"small"), ("tree/leaf", b"leaf")):
+        (ours.lower / name).write_bytes(data)
+    with small_upper(ours, ground) as small:
+        root = ours.mount()
+        fill(small)
+        before = snapshot(root)
+        failed = {name: outcome(act) for name, act in changes(root).items()}
+        assert set(failed.values()) == {errno.ENOSPC}, failed
+        assert_same(before, snapshot(root))
+        for ballast in small.glob("ballast*"):
+            ballast.unlink()
+        assert {name: outcome(act) for name, act in changes(root).items()} == dict.fromkeys(failed, 0)
+        assert (root / "small").read_bytes() == b"small" + BIG
+        assert (root / "new").read_bytes() == BIG
+        view = snapshot(root)
+        ours.remount()
+        assert_same(view, snapshot(root))
+
+
+@pytest.mark.fault_seconds(200)
+def test_many_files_with_few_descriptors(ours: Stack) -> None:
+    """What is looked at costs no descriptor for long."""
+    for number in range(MANY):
+        directory = ours.lower / f"d{number % 400}"
+        if number < 400:
+            directory.mkdir()
+        (directory / f"f{number}").touch()
+    root = ours.mount(under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
+    for number in range(MANY):
+        path = root / f"d{number % 400}/f{number}"
+        if number % 100:
+            assert path.stat().st_size == 0
+        else:
+            path.write_bytes(b"touched")
+    assert sum(path.stat().st_size for path in root.glob("*/*")) == MANY // 100 * 7
+
+
+def open_all(root: Path, opened: list[int]) -> int:
+    """Open files until that fails; return the error."""
+    try:
+        while True:
+            opened.append(os.open(root / f"f{len(opened)}", os.O_RDONLY))
+    except OSError as error:
+        return error.errno or -1
+
+
+@pytest.mark.expected_log("Too many open files")
+@pytest.mark.parametrize("spare", range(9))
+def test_no_descriptor_left(ours: Stack, spare: int) -> None:
+    """A copy-up that runs out of them fails whole; readers from before it see what is written after it."""
+    for number in range(2 * LIMIT):
+        (ours.lower / f"f{number}").write_bytes(b"old")
+    root = ours.mount("passthrough=off", under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
+    opened: list[int] = []
+    try:
+        assert open_all(root, opened) in (errno.EMFILE, errno.ENFILE)
+        assert len(opened) > LIMIT // 4
+        for _ in range(spare):
+            os.close(opened.pop())
+        failed = outcome(lambda: (root / "f0").write_bytes(b"new"))
+        assert failed in (0, errno.EMFILE)
+        expected = b"new" if not failed else os.pread(opened[0], 10, 0)
+        assert expected in (b"old", b"new", b"")
+        for _ in range(20):
+            os.close(opened.pop())
+        (root / "f0").write_bytes(b"later")
+        assert os.pread(opened[0], 10, 0) == (root / "f0").read_bytes() == b"later"
+        os.chmod(root / "f1", 0o600)
+        (root / "f1").write_bytes(b"later")
+        assert os.pread(opened[1], 10, 0) == b"later"
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def test_upper_read_only_for_a_while(ours: Stack, ground: Path) -> None:
+    (ours.lower / "tree").mkdir()
+    for name, data in (("big", BIG), ("small", b"small"), ("tree/leaf", b"leaf")):
+        (ours.lower / name).write_bytes(data)
+    with small_upper(ours, ground) as small:
+        root = ours.mount()
+        (root / "mine").write_bytes(b"mine")
+        before = snapshot(root)
+        run("mount", "-o", "remount,ro", str(small))
+        failed = {name: outcome(act) for name, act in changes(root).items()}
+        assert set(failed.values()) == {errno.EROFS}, failed
+        assert_same(before, snapshot(root))
+        run("mount", "-o", "remount,rw", str(small))
+        assert {name: outcome(act) for name, act in changes(root).items()} == dict.fromkeys(failed, 0)
+        view = snapshot(root)
+        ours.remount()
+        assert_same(view, snapshot(root))
