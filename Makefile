@@ -20,10 +20,11 @@ export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
 ARGS ?=
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
-# How long `make verify` runs.
+# How long `make verify` and `make crash` run.
 MINUTES ?= 10
+crash: MINUTES = 5
 
-.PHONY: help mount umount test lint types fuzz verify compare sanitize clean root packages packages-test
+.PHONY: help mount umount test lint types fuzz verify crash compare sanitize clean root packages packages-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -33,6 +34,7 @@ help:
 	@echo 'make lint types                        ruff, mypy'
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
 	@echo 'make verify [MINUTES=10]               fio with checksums on all that it reads, in every mode (as root)'
+	@echo 'make crash [MINUTES=5] [ARGS=...]      the daemon killed before each system call that changes something (as root)'
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
@@ -58,6 +60,9 @@ fuzz: root packages-test $(VENV)/.installed-test
 
 verify: root packages-test $(VENV)/.installed-test
 	@$(BIN)/python -m tests.verify --minutes $(MINUTES) $(ARGS)
+
+crash: root packages-test $(VENV)/.installed-test
+	@$(BIN)/python -m tests.crash --minutes $(MINUTES) $(ARGS)
 
 compare: packages $(VENV)/.installed
 	@scripts/compare $(ARGS)

@@ -1,0 +1,1 @@
+"""The crash harness: `make crash`; `tests/crash/__main__.py` tells what it does."""
