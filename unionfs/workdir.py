@@ -96,7 +96,9 @@ class WorkDir:
         name = self.temp_name()
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=self.fd)
-        except OSError:
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                return "char"  # it is permitted: there is only no room now
             if wanted == "char":
                 raise
             return "xattr"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.filesystems import file_system, run
+from tests.support.layers import is_whiteout
 from tests.support.mounts import Stack
 from tests.support.snapshot import assert_same, snapshot
 
@@ -88,6 +89,21 @@ def test_no_room(ours: Stack, ground: Path) -> None:
         view = snapshot(root)
         ours.remount()
         assert_same(view, snapshot(root))
+
+
+def test_mounted_without_room(ours: Stack, ground: Path) -> None:
+    """That no whiteout can be made then says nothing about their form."""
+    (ours.lower / "f").write_bytes(b"f")
+    with small_upper(ours, ground) as small:
+        root = ours.mount()
+        ours.umount()
+        fill(small)
+        ours.mount()
+        assert outcome(lambda: os.unlink(root / "f")) == errno.ENOSPC
+        for ballast in small.glob("ballast*"):
+            ballast.unlink()
+        os.unlink(root / "f")
+        assert is_whiteout(ours.up / "f")
 
 
 @pytest.mark.fault_seconds(200)
