@@ -279,6 +279,16 @@ def _set_choice(field: str, choices: Sequence[str]) -> Callable[[_Options, str, 
     return handle
 
 
+def _word(field: str, setting: bool) -> Callable[[_Options, str, str | None], None]:
+    """Handle an option that takes no value."""
+
+    def handle(options: _Options, name: str, value: str | None) -> None:
+        _no_value(name, value)
+        options.put(field, setting)
+
+    return handle
+
+
 def _refuse_unless(wanted: str, reason: str) -> Callable[[_Options, str, str | None], None]:
     def handle(options: _Options, name: str, value: str | None) -> None:
         if value != wanted:
@@ -340,21 +350,6 @@ def _fsname(options: _Options, name: str, value: str | None) -> None:
     options.put("fsname", fsname)
 
 
-def _volatile(options: _Options, name: str, value: str | None) -> None:
-    _no_value(name, value)
-    options.put("volatile", True)
-
-
-def _userxattr(options: _Options, name: str, value: str | None) -> None:
-    _no_value(name, value)
-    options.put("userxattr", True)
-
-
-def _read_only(options: _Options, name: str, value: str | None) -> None:
-    _no_value(name, value)
-    options.put("read_only", True)
-
-
 def _mapping(field: str) -> Callable[[_Options, str, str | None], None]:
     def handle(options: _Options, name: str, value: str | None) -> None:
         options.map_ids(**{field: parse_ranges(name, value or "")})
@@ -374,16 +369,6 @@ def _squash_to_root(options: _Options, name: str, value: str | None) -> None:
     _no_value(name, value)
     ids = options.ids
     options.map_ids(squash_uid=ids.squash_uid or 0, squash_gid=ids.squash_gid or 0)
-
-
-def _static_nlink(options: _Options, name: str, value: str | None) -> None:
-    _no_value(name, value)
-    options.put("static_nlink", True)
-
-
-def _noacl(options: _Options, name: str, value: str | None) -> None:
-    _no_value(name, value)
-    options.put("acl", False)
 
 
 def _allow_other(options: _Options, name: str, value: str | None) -> None:
@@ -406,8 +391,8 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "native": _set_bool("native"),
     "passthrough": _set_choice("passthrough", get_args(Passthrough)),
     "slow_lower": _set_choice("slow_lower", get_args(SlowLower)),
-    "volatile": _volatile,
-    "userxattr": _userxattr,
+    "volatile": _word("volatile", True),
+    "userxattr": _word("userxattr", True),
     "nfs_export": _refuse_unless("off", "exporting over NFS is not supported"),
     "verity": _refuse_unless("off", "fs-verity checks are not supported"),
     "timeout": _timeout,
@@ -417,9 +402,9 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "squash_to_root": _squash_to_root,
     "squash_to_uid": _squash("squash_uid"),
     "squash_to_gid": _squash("squash_gid"),
-    "static_nlink": _static_nlink,
-    "noacl": _noacl,
-    "ro": _read_only,
+    "static_nlink": _word("static_nlink", True),
+    "noacl": _word("acl", False),
+    "ro": _word("read_only", True),
     "allow_other": _allow_other,
     "noallow_other": _allow_other,
 }

@@ -8,8 +8,8 @@ Where there is none for a type `fuse.X`, /sbin/mount.fuse runs the command X, wi
 
     unionfs NAME MOUNTPOINT -o OPTIONS
 
-In both NAME is no layer but what /proc/mounts
-shows as source; the layers are options (lowerdir=, upperdir=, workdir=). The exit status is of mount(8)'s kind.
+In both NAME is no layer but what /proc/mounts shows as source; the layers are options (lowerdir=, upperdir=, workdir=).
+The exit status is of mount(8)'s kind.
 
 `remount` changes what the kernel itself keeps of a mount: whether it is read-only, and flags like noexec. mount(8)
 hands over all that shall be in force, what it was asked for added to what fstab or the kernel says of the mount. So a

@@ -547,11 +547,8 @@ class UnionOperations(pyfuse3.Operations):
             answer = self._flags_now(inode, command, data)
         except (DataCopyPending, WouldBlock):
             self._nursery.start_soon(self._flags_later, request, inode, command, data)
-        except OSError as exc:
-            native.answer_ioctl(request, exc.errno or errno.EIO)
-        except Exception:
-            log.exception("an ioctl failed")
-            native.answer_ioctl(request, errno.EIO)
+        except Exception as exc:
+            self._flags_failed(request, exc)
         else:
             native.answer_ioctl(request, 0, answer)
 
@@ -559,13 +556,18 @@ class UnionOperations(pyfuse3.Operations):
         """The same once data is up, or a slow layer has answered; a nursery's task, so nothing may be raised."""
         try:
             answer = await self.patience.attempt(self._settled, self._flags_now, inode, command, data)
-        except OSError as exc:
-            native.answer_ioctl(request, exc.errno or errno.EIO)
-        except Exception:
-            log.exception("an ioctl failed")
-            native.answer_ioctl(request, errno.EIO)
+        except Exception as exc:
+            self._flags_failed(request, exc)
         else:
             native.answer_ioctl(request, 0, answer)
+
+    @staticmethod
+    def _flags_failed(request: object, exc: Exception) -> None:
+        if isinstance(exc, OSError | FUSEError):
+            native.answer_ioctl(request, exc.errno or errno.EIO)
+        else:
+            log.error("an ioctl failed", exc_info=exc)
+            native.answer_ioctl(request, errno.EIO)
 
     def _flags_now(self, inode: int, command: int, data: bytes) -> bytes:
         """Raises DataCopyPending or WouldBlock, before anything was done."""
