@@ -4,11 +4,13 @@ is theirs alone: the host beside them, their borders, read-only ones, and few de
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import shutil
 import sqlite3
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -671,6 +673,8 @@ def test_in_a_read_only_union(make_stack: StackMaker) -> None:
             with pytest.raises(OSError) as failed:  # noqa: PT011
                 change()
             assert failed.value.errno == errno.EROFS, f"{what}: {failed.value}"
+        with open(stack.mnt / "f", "rb") as file, fails(errno.EROFS):
+            fcntl.ioctl(file, raw.FS_IOC_SETFLAGS, struct.pack("Q", 0x80))  # FS_NOATIME_FL
         (stack.mnt / "bind/f").write_bytes(b"new")
         assert (host / "f").read_bytes() == b"new"
         assert snapshot(stack.base / "upper") == before
