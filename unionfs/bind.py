@@ -54,6 +54,9 @@ ID_SHIFT: Final = 61
 
 _FIRST_ID: Final = ID_PREFIX << ID_SHIFT
 _EXTRA_BIT: Final = 1 << ID_SHIFT - 1
+MADE_NATIVELY: Final = _FIRST_ID | _EXTRA_BIT | _EXTRA_BIT >> 1
+"""The first node id for files that the native layer creates."""
+
 _NOTHING: Final = Changes()
 CHANGING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 """Flags of an open(2) that may change the file."""
@@ -199,7 +202,7 @@ class Binds:
         self.points: dict[tuple[int, bytes], BindNode] = {}  # (parent's node id, name): root
         self.parents: set[int] = set()  # ids of the nodes in which points are
         self.open_files: dict[int, BindNode] = {}
-        self._map_ino = map_ino
+        self.map_ino = map_ino
         self._mountpoint = mountpoint
         self._mount_name = os.path.basename(mountpoint)
         self._room = _descriptor_room() if room is None else room
@@ -370,7 +373,7 @@ class Binds:
             os.close(fd)
             raise
         if node is None:
-            node = BindNode(self._free_id(st.st_ino), bind, key, self._map_ino(*key), stat.S_IFMT(st.st_mode))
+            node = BindNode(self._free_id(st.st_ino), bind, key, self.map_ino(*key), stat.S_IFMT(st.st_mode))
             if not bind.by_key:
                 bind.root = node
             bind.by_key[key] = self.nodes[node.id] = node
@@ -482,7 +485,7 @@ class Binds:
             listed = sysio.getdents(fd)
         finally:
             os.close(fd)
-        device, map_ino = node.key[0], self._map_ino
+        device, map_ino = node.key[0], self.map_ino
         points = self._points_in(node.id)
         entries = [(name, map_ino(device, ino), kind) for name, ino, kind in listed if name not in points]
         return entries + [(name, root.ino, root.fmt >> 12) for name, root in points.items()]
@@ -580,6 +583,26 @@ class Binds:
         self._named(node, parent, name)
         self._opened(node, fd)
         return node, st, fd
+
+    def created(self, parent_id: int, name: bytes, node_id: int, ino: int, key: tuple[int, int], path_fd: int) -> None:
+        """Take over a file that was created past us, the watcher knowing of it (see `native.open_bound`)."""
+        if len(self._kept) > self._room:
+            self._trim()
+        parent = self.nodes[parent_id]
+        node = BindNode(node_id, parent.bind, key, ino, stat.S_IFREG)
+        parent.bind.by_key[key] = self.nodes[node_id] = node  # one that was known by this key is gone from the host
+        node.fd = path_fd
+        node.used = True
+        node.nlookup = 1
+        self._kept[node] = None
+        node.parent, node.name = parent, name
+        parent.children[name] = node
+
+    def opened(self, node_id: int, fd: int) -> None:
+        """Take over a handle that was opened past us, the watcher knowing of it (see `native.open_bound`)."""
+        node = self.nodes[node_id]
+        self.open_files[fd] = node
+        node.handles.append(fd)
 
     def _open_existing(
         self, parent: BindNode, name: bytes, dirfd: int, flags: int, kill_for: Caller | None

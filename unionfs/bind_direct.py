@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from unionfs import native, wire
-from unionfs.bind import BindDirHandle, BindNode, Binds, Watcher, is_bind
+from unionfs.bind import MADE_NATIVELY, BindDirHandle, BindNode, Binds, Watcher, is_bind
 from unionfs.direct import Answer, Direct
 from unionfs.dirops import Caller
 from unionfs.merge import Entry
@@ -65,20 +65,28 @@ class BindHandles:
         self._modes = native.IoModes()
         self._passing: bool | None = None  # not known before the first open
 
+    def opened_natively(self, node_id: int, backing_id: int) -> None:
+        """Count the only handle of a node, which the native layer has opened; a backing id of 0: not passed through."""
+        if self._has_passthrough():
+            self._modes.opened_natively(node_id, backing_id)
+
     def opened(self, node: BindNode, fd: int, flags: int) -> None:
         """Decide how a handle is opened, just before the answer to OPEN or CREATE.
 
         Where passthrough is to be had the kernel reads, writes and maps the host's file itself. Raises OSError: EINVAL
         for O_DIRECT where the host's file system has none.
         """
-        if self._passing is None:
-            self._passing = native.passthrough()
-        if self._passing:
+        if self._has_passthrough():
             if flags & os.O_DIRECT:
                 os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
             self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd))
         if not node.bind.read_only:
             native.own_attributes(node.id, fd, node.ino, node.bind.timeout)
+
+    def _has_passthrough(self) -> bool:
+        if self._passing is None:
+            self._passing = native.passthrough()
+        return self._passing
 
     @staticmethod
     def _may_pass(node: BindNode, fd: int) -> bool:
@@ -118,6 +126,11 @@ class BindingDirect(Direct):
         self._bind_handles = bind_handles
         self._read_only = read_only
         super().__init__(*args, covered=binds.points, **kwargs)
+        native.open_bound(MADE_NATIVELY, binds.map_ino, binds.created, self._opened_natively)
+
+    def _opened_natively(self, node_id: int, fd: int, backing: int) -> None:
+        self._bind_handles.opened_natively(node_id, backing)
+        self._binds.opened(node_id, fd)
 
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
         handlers = super()._handlers()

@@ -235,6 +235,26 @@ def reserve_name(name: bytes) -> None:
         _module.reserve_name(name)
 
 
+def open_bound(
+    first_id: int,
+    number: Callable[[int, int], int],
+    created: Callable[[int, bytes, int, int, tuple[int, int], int], None],
+    opened: Callable[[int, int, int], None],
+) -> None:
+    """Have plain OPEN and CREATE requests of bind paths' nodes answered natively, and be told afterwards.
+
+    Args:
+        first_id: the node id of the first new file; the next ones count up from there.
+        number: gives the st_ino to show for (st_dev, st_ino).
+        created: called with the parent's node id, the name, the new node's id, its st_ino to show, its (st_dev,
+            st_ino), and an ``O_PATH`` descriptor of it. The layer has done what `own_bound` and `know_name` do.
+        opened: called with the node id, the handle, and the backing id (0: not passed through), also after `created`.
+            The layer has done what `count_handles` and `own_attributes` do. The handle is the node's only one.
+    """
+    if _module is not None:
+        _module.open_bound(first_id, number, created, opened)
+
+
 def ignore_sync(on: bool) -> None:
     """Let FSYNC of files whose attributes are owned do nothing (a volatile union)."""
     if _module is not None:
@@ -464,6 +484,10 @@ class IoModes:
         if _module is not None:
             _module.announce_backing(fd, mode.backing_id)
         return mode.backing_id != 0
+
+    def opened_natively(self, node: int, backing_id: int) -> None:
+        """Count the first handle of a node, opened by the native layer, with its backing id; 0: none."""
+        self._modes[node] = _Mode(handles=1, backing_id=backing_id)
 
     def _register(self, fd: int) -> int:
         if _module is None or self._refused or not passthrough():

@@ -35,7 +35,7 @@ enum { KNOWN_BUCKETS = 16384 };
 static struct known *known_names[KNOWN_BUCKETS];
 static struct reserved *reserved_names;
 
-static struct owned *find_bound(fuse_ino_t node)
+struct owned *find_bound(fuse_ino_t node)
 {
 	struct owned *owned = *bucket(node);
 
@@ -58,13 +58,31 @@ static struct known **find_known(fuse_ino_t parent, const char *name)
 	return at;
 }
 
-static bool is_reserved(const char *name)
+bool is_reserved(const char *name)
 {
 	const struct reserved *reserved = reserved_names;
 
 	while (reserved && strcmp(reserved->name, name))
 		reserved = reserved->next;
 	return reserved;
+}
+
+bool know_name(fuse_ino_t parent, const char *name, fuse_ino_t child)
+{
+	struct known **at = find_known(parent, name);
+
+	if (!*at) {
+		size_t size = strlen(name) + 1;
+		struct known *known = malloc(sizeof(*known) + size);
+
+		if (!known)
+			return false;
+		*known = (struct known){.parent = parent};
+		memcpy(known->name, name, size);
+		*at = known;
+	}
+	(*at)->child = child;
+	return true;
 }
 
 static void reply_entry_raw(struct fuse_session *se, uint64_t unique, const struct fuse_entry_param *entry)
@@ -159,6 +177,13 @@ static PyObject *py_own_bound(PyObject *self UNUSED, PyObject *args)
  * A handle shows what the host changes at once, and asks for no name: its file's attributes must not be kept. What was
  * said of them before is taken back. (Only attributes: takes no lock that a request holds.)
  */
+void note_handles(struct owned *owned, unsigned int handles)
+{
+	if (!owned->handles && handles && !owned->timeout && session)
+		fuse_lowlevel_notify_inval_inode(session, owned->node, -1, 0);
+	owned->handles = handles;
+}
+
 static PyObject *py_count_handles(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node;
@@ -168,11 +193,8 @@ static PyObject *py_count_handles(PyObject *self UNUSED, PyObject *args)
 	if (!PyArg_ParseTuple(args, "KI", &node, &handles))
 		return NULL;
 	owned = find_bound(node);
-	if (owned) {
-		if (!owned->handles && handles && !owned->timeout && session)
-			fuse_lowlevel_notify_inval_inode(session, node, -1, 0);
-		owned->handles = handles;
-	}
+	if (owned)
+		note_handles(owned, handles);
 	Py_RETURN_NONE;
 }
 
@@ -191,24 +213,11 @@ static PyObject *py_take_lookups(PyObject *self UNUSED, PyObject *node)
 static PyObject *py_know_name(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long parent, child;
-	struct known **at;
 	const char *name;
 
 	if (!PyArg_ParseTuple(args, "KyK", &parent, &name, &child))
 		return NULL;
-	at = find_known(parent, name);
-	if (!*at) {
-		size_t size = strlen(name) + 1;
-		struct known *known = malloc(sizeof(*known) + size);
-
-		if (!known)
-			return PyErr_NoMemory();
-		*known = (struct known){.parent = parent};
-		memcpy(known->name, name, size);
-		*at = known;
-	}
-	(*at)->child = child;
-	Py_RETURN_NONE;
+	return know_name(parent, name, child) ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
 static PyObject *py_forget_name(PyObject *self UNUSED, PyObject *args)

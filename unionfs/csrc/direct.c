@@ -140,6 +140,16 @@ void tell_directly(const struct fuse_in_header *in)
 	Py_XDECREF(result);
 }
 
+void call_and_log(PyObject *handler, PyObject *args)
+{
+	PyObject *result = args ? PyObject_CallObject(handler, args) : NULL;
+
+	if (!result)
+		errno_of_exception();
+	Py_XDECREF(result);
+	Py_XDECREF(args);
+}
+
 static PyObject *py_set_direct(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned int opcode;

@@ -16,7 +16,7 @@ void *next_symbol(const char *name)
 
 static const char *const counter_names[COUNTERS] = {
 	"lookup", "read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
-	"getattr", "setattr", "getxattr", "fsync", "direct", "shared",
+	"getattr", "setattr", "getxattr", "fsync", "direct", "shared", "open", "create",
 };
 
 uint64_t counters[COUNTERS];
@@ -41,8 +41,8 @@ PyMethodDef module_methods[] = {
 };
 
 static PyMethodDef *const tables[] = {
-	session_methods, request_methods, ioctl_methods, owned_methods, bound_methods, reader_methods, direct_methods,
-	packing_methods, receive_methods, reply_methods, lazy_methods, module_methods,
+	session_methods, request_methods, ioctl_methods, owned_methods, bound_methods, bound_file_methods, reader_methods,
+	direct_methods, packing_methods, receive_methods, reply_methods, lazy_methods, module_methods,
 };
 
 static struct PyModuleDef module = {

@@ -62,7 +62,7 @@ void *next_symbol(const char *name);
 /* What was served natively. */
 enum counter {
 	LOOKUP, READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH,
-	GETATTR, SETATTR, GETXATTR, FSYNC, DIRECT, SHARED, COUNTERS
+	GETATTR, SETATTR, GETXATTR, FSYNC, DIRECT, SHARED, OPEN, CREATE, COUNTERS
 };
 
 extern uint64_t counters[COUNTERS];
@@ -86,6 +86,8 @@ struct request {
 
 extern struct request request;
 
+extern bool passthrough; /* after INIT: whether the kernel has it */
+
 /* A message is about to be handled: set `request`. */
 void note_request(const struct fuse_buf *buf);
 
@@ -94,6 +96,15 @@ void note_request(const struct fuse_buf *buf);
 /* Clear what a change by the caller clears; or only if the caller is not root. */
 void remove_suidgid(fuse_req_t req, fuse_ino_t ino, int fd);
 void remove_suidgid_unless_root(fuse_req_t req, fuse_ino_t ino, int fd);
+
+/* ------------------------------------------------------------------ replies.c */
+
+/* Flags of an answer to OPEN, of protocol 7.40, which older headers lack. */
+#define OPEN_NOFLUSH (UINT32_C(1) << 5)
+#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)
+
+/* Register a descriptor's file for passthrough. Returns its backing id, or a negative errno. */
+int backing_open(int fd);
 
 /* ------------------------------------------------------------------ jobs.c */
 
@@ -157,6 +168,19 @@ struct owned *find_owned(fuse_ino_t node);
 /* Keep a copy of it, before the node's others. Returns None, or NULL with Python's error set. */
 PyObject *add_owned(const struct owned *given);
 
+/* The same for C: returns whether there was memory for it. */
+bool keep_owned(const struct owned *given);
+
+/* Forget the node's descriptor, all that it has if fd is negative. */
+void disown(fuse_ino_t node, int fd);
+
+/* What leads to the descriptor's file, for calls that refuse O_PATH. */
+struct fd_path {
+	char text[32];
+};
+
+struct fd_path path_of(int fd);
+
 /* Whether such a request is served from the descriptor, which may be NULL. */
 bool can_get(const struct owned *owned, const char *name);
 bool can_set(const struct owned *owned, int to_set, bool by_handle);
@@ -171,15 +195,33 @@ void wrap_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size
 void wrap_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi);
 void wrap_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 
-/* ------------------------------------------------------------------ bound.c, readers.c, direct.c: answers at once */
+/* ------------------------------------------------------------------ bound.c */
+
+/* The one descriptor that a node of a bind path keeps, NULL if there is none now. */
+struct owned *find_bound(fuse_ino_t node);
+
+/* How many files of the node are open now. */
+void note_handles(struct owned *owned, unsigned int handles);
+
+/* Whether only Python may touch what is at the name. */
+bool is_reserved(const char *name);
+
+/* Note which node was seen at a name. Returns whether there was memory for it. */
+bool know_name(fuse_ino_t parent, const char *name, fuse_ino_t child);
+
+/* ------------------------------------------------------------------ bound*.c, readers.c, direct.c: answers at once */
 
 /* Each says whether it has answered the message. */
 bool look_here(struct fuse_session *se, const struct fuse_buf *buf);
+bool open_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf);
 bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf);
 
 /* Have Python handle a message of our own making, to which nobody waits for an answer. */
 void tell_directly(const struct fuse_in_header *in);
+
+/* Call a handler and have its failure logged. Steals the reference to the arguments, which may be NULL. */
+void call_and_log(PyObject *handler, PyObject *args);
 
 /* Answer a message that libfuse has not seen. In any thread. */
 void reply_raw(struct fuse_session *se, uint64_t unique, int error, const char *data, size_t size);
@@ -198,7 +240,7 @@ struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
 /* ------------------------------------------------------------------ what Python calls */
 
 extern PyMethodDef module_methods[], session_methods[], request_methods[], ioctl_methods[], owned_methods[];
-extern PyMethodDef bound_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
+extern PyMethodDef bound_methods[], bound_file_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
 extern PyMethodDef reply_methods[];
 
 #pragma GCC visibility pop

@@ -59,12 +59,7 @@ bool can_set(const struct owned *owned, int to_set, bool by_handle)
 	return !owned->path_only || (owned->settable && !(to_set & FUSE_SET_ATTR_SIZE));
 }
 
-/* What leads to the descriptor's file, for calls that refuse O_PATH. */
-struct fd_path {
-	char text[32];
-};
-
-static struct fd_path path_of(int fd)
+struct fd_path path_of(int fd)
 {
 	struct fd_path path;
 
@@ -211,16 +206,21 @@ void wrap_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_i
 		submit(&(struct job){.run = run_fsync, .req = req, .fd = (int)fi->fh, .mode = datasync});
 }
 
-PyObject *add_owned(const struct owned *given)
+bool keep_owned(const struct owned *given)
 {
 	struct owned *owned = malloc(sizeof(*owned));
 
 	if (!owned)
-		return PyErr_NoMemory();
+		return false;
 	*owned = *given;
 	owned->next = *bucket(given->node);
 	*bucket(given->node) = owned;
-	Py_RETURN_NONE;
+	return true;
+}
+
+PyObject *add_owned(const struct owned *given)
+{
+	return keep_owned(given) ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
 static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
@@ -244,8 +244,7 @@ static PyObject *py_own(PyObject *self UNUSED, PyObject *args)
 	});
 }
 
-/* Any descriptor of the node if fd is negative. */
-static void disown(fuse_ino_t node, int fd)
+void disown(fuse_ino_t node, int fd)
 {
 	struct owned **at = bucket(node);
 

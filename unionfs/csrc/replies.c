@@ -12,9 +12,6 @@
 #include <unistd.h>
 
 /* Protocol 7.40, which older headers lack. */
-#define OPEN_NOFLUSH (UINT32_C(1) << 5)
-#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)
-
 struct backing_map {
 	int32_t fd;
 	uint32_t flags;
@@ -134,33 +131,36 @@ static bool set_fsetid(bool on)
 	return !syscall(SYS_capset, &header, data);
 }
 
-static PyObject *no_session(void)
-{
-	errno = ENODEV;
-	return PyErr_SetFromErrno(PyExc_OSError);
-}
-
 /*
  * Writes through a backing file run with the credentials of who registered it. Without CAP_FSETID the host clears
  * suid and sgid on such a write; with it, nobody would.
  */
+int backing_open(int fd)
+{
+	struct backing_map map = {.fd = fd};
+	bool had_fsetid;
+	int id;
+
+	if (!session)
+		return -ENODEV;
+	had_fsetid = set_fsetid(false);
+	id = ioctl(fuse_session_fd(session), BACKING_OPEN, &map);
+	if (id < 0)
+		id = -errno;
+	if (had_fsetid)
+		set_fsetid(true);
+	return id ? id : -EINVAL;
+}
+
 static PyObject *py_backing_open(PyObject *self UNUSED, PyObject *arg)
 {
-	struct backing_map map = {.fd = (int32_t)PyLong_AsLong(arg)};
-	bool had_fsetid;
-	int id, error;
+	int fd = (int)PyLong_AsLong(arg), id;
 
 	if (PyErr_Occurred())
 		return NULL;
-	if (!session)
-		return no_session();
-	had_fsetid = set_fsetid(false);
-	id = ioctl(fuse_session_fd(session), BACKING_OPEN, &map);
-	error = errno;
-	if (had_fsetid)
-		set_fsetid(true);
-	if (id <= 0) {
-		errno = id ? error : EINVAL;
+	id = backing_open(fd);
+	if (id < 0) {
+		errno = -id;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}
 	return PyLong_FromLong(id);
@@ -172,9 +172,8 @@ static PyObject *py_backing_close(PyObject *self UNUSED, PyObject *arg)
 
 	if (PyErr_Occurred())
 		return NULL;
-	if (!session)
-		return no_session();
-	if (ioctl(fuse_session_fd(session), BACKING_CLOSE, &id))
+	errno = ENODEV;
+	if (!session || ioctl(fuse_session_fd(session), BACKING_CLOSE, &id))
 		return PyErr_SetFromErrno(PyExc_OSError);
 	Py_RETURN_NONE;
 }

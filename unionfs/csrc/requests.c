@@ -16,7 +16,7 @@
 struct request request;
 static bool ask_passthrough; /* before INIT: whether to ask for it */
 static bool old_kernel; /* before INIT: take the kernel for one that lacks all that libfuse doesn't know */
-static bool passthrough; /* after INIT: whether the kernel has it */
+bool passthrough;
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
 
 /* Whether the message asks for suid and sgid to be cleared: flags that libfuse does not pass on. */

@@ -1,0 +1,200 @@
+/*
+ * Files of bind paths: OPEN and CREATE (unionfs/bind.py).
+ *
+ * What is plain is answered here, and Python told after the answer is out: it keeps the books while the caller goes on.
+ * Plain is a new file of the daemon's own user, or the first handle of a file; without suid and sgid, in a bind path
+ * that may be written, with no flag that asks for more than reading and writing. All else is Python's, and so is every
+ * error: it tries again, and says what is wrong.
+ */
+#include "native.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Flags that the daemon's own descriptor needn't have. O_LARGEFILE and FMODE_EXEC are the kernel's. */
+#define NO_MATTER (O_ACCMODE | O_APPEND | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | 0100000 | 040)
+
+static PyObject *show_number; /* (st_dev, st_ino): the st_ino to show */
+static PyObject *tell_created, *tell_opened;
+static fuse_ino_t next_node; /* the node id of the next new file */
+static bool no_backing; /* there are files that can't be passed through: Python finds out which */
+
+struct opened {
+	struct fuse_entry_out entry; /* of CREATE */
+	struct open_reply open;
+};
+
+/* Finish the answer about a handle of the node, and send it with what comes before from *start* on. */
+static int32_t reply_opened(struct fuse_session *se, uint64_t unique, struct opened *reply, size_t start, int fd)
+{
+	int id = passthrough && !no_backing ? backing_open(fd) : 0;
+
+	if (id < 0) {
+		no_backing = true;
+		id = 0;
+	}
+	reply->open = (struct open_reply){
+		.fh = (uint64_t)fd,
+		.open_flags = id ? OPEN_PASSTHROUGH | OPEN_NOFLUSH : 0,
+		.backing_id = id,
+	};
+	counters[PASSTHROUGH] += id != 0;
+	reply_raw(se, unique, 0, (const char *)reply + start, sizeof(*reply) - start);
+	return id;
+}
+
+/* Have attributes served from a handle, too. */
+static bool own_handle(const struct owned *node, int fd)
+{
+	return keep_owned(&(struct owned){.node = node->node, .ino = node->ino, .fd = fd, .timeout = node->timeout});
+}
+
+/* ------------------------------------------------------------------ CREATE */
+
+static bool is_plain_create(const struct fuse_in_header *in, const struct fuse_create_in *body)
+{
+	return !(body->flags & ~(uint32_t)(NO_MATTER | O_CREAT | O_EXCL | O_TRUNC)) &&
+	       !(body->mode & (S_ISUID | S_ISGID)) && in->uid == geteuid() && in->gid == getegid();
+}
+
+/* The host itself applies the umask, or the directory's default ACL. */
+static int make_file(int dirfd, const char *name, const struct fuse_create_in *body)
+{
+	mode_t before = umask(body->umask);
+	int fd = openat(dirfd, name, (int)(body->flags & O_ACCMODE) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+			body->mode & 07777);
+
+	umask(before);
+	return fd;
+}
+
+/* Make the node of a new file known here; it has no descriptor if that fails. Returns an errno. */
+static int note_file(const struct owned *parent, const char *name, int fd, struct stat *st, struct owned *node)
+{
+	PyObject *shown;
+
+	if (fstat(fd, st))
+		return errno;
+	shown = PyObject_CallFunction(show_number, "KK", (unsigned long long)st->st_dev, (unsigned long long)st->st_ino);
+	*node = (struct owned){
+		.node = next_node++,
+		.ino = shown ? PyLong_AsUnsignedLongLong(shown) : 0,
+		.fd = open(path_of(fd).text, O_PATH | O_CLOEXEC),
+		.path_only = true,
+		.settable = true,
+		.timeout = parent->timeout,
+		.bind = parent->bind,
+		.handles = 1,
+		.host_dev = st->st_dev,
+		.host_ino = st->st_ino,
+	};
+	Py_XDECREF(shown);
+	PyErr_Clear();
+	if (node->fd < 0)
+		return errno;
+	if (node->ino && keep_owned(node) && own_handle(node, fd) && know_name(parent->node, name, node->node))
+		return 0;
+	disown(node->node, -1);
+	close(node->fd);
+	return ENOMEM;
+}
+
+static bool create_here(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_create_in *body)
+{
+	const char *name = (const char *)(body + 1);
+	const struct owned *parent = find_bound(in->nodeid);
+	struct fuse_entry_param entry = {0};
+	struct opened reply;
+	struct owned node;
+	int fd, error, id;
+
+	if (!parent || !parent->settable || !is_plain_create(in, body) || is_reserved(name))
+		return false;
+	fd = make_file(parent->fd, name, body);
+	if (fd < 0)
+		return false;
+	counters[CREATE]++;
+	error = note_file(parent, name, fd, &entry.attr, &node);
+	if (error) {
+		close(fd);
+		reply_raw(se, in->unique, error, NULL, 0);
+		return true;
+	}
+	entry.ino = node.node;
+	entry.attr.st_ino = node.ino;
+	entry.entry_timeout = node.timeout;
+	entry.attr_timeout = attributes_last(&node);
+	reply.entry = raw_entry(&entry);
+	id = reply_opened(se, in->unique, &reply, 0, fd);
+	call_and_log(tell_created, Py_BuildValue("KyKK(KK)i", in->nodeid, name, node.node, node.ino, node.host_dev,
+						 node.host_ino, node.fd));
+	call_and_log(tell_opened, Py_BuildValue("Kii", node.node, fd, id));
+	return true;
+}
+
+/* ------------------------------------------------------------------ OPEN */
+
+static bool is_plain_open(const struct owned *node, const struct fuse_open_in *body)
+{
+	return node && node->settable && !node->handles && !(body->flags & ~(uint32_t)NO_MATTER);
+}
+
+static bool open_known(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_open_in *body)
+{
+	struct owned *node = find_bound(in->nodeid);
+	struct opened reply;
+	struct stat st;
+	int fd, id;
+
+	if (!is_plain_open(node, body))
+		return false;
+	fd = open(path_of(node->fd).text, (int)(body->flags & O_ACCMODE) | O_NONBLOCK | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_mode & (S_ISUID | S_ISGID) || !own_handle(node, fd)) {
+		close(fd);
+		return false;
+	}
+	counters[OPEN]++;
+	note_handles(node, 1);
+	id = reply_opened(se, in->unique, &reply, offsetof(struct opened, open), fd);
+	call_and_log(tell_opened, Py_BuildValue("Kii", in->nodeid, fd, id));
+	return true;
+}
+
+/* Answer an OPEN or CREATE if it can be done here; returns whether. */
+bool open_here(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+	const void *body = in + 1;
+
+	if (!tell_created || buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) || in->len > buf->size)
+		return false;
+	if (in->opcode == FUSE_OPEN && in->len >= sizeof(*in) + sizeof(struct fuse_open_in))
+		return open_known(se, in, body);
+	if (in->opcode == FUSE_CREATE && in->len > sizeof(*in) + sizeof(struct fuse_create_in) &&
+	    !((const char *)in)[in->len - 1])
+		return create_here(se, in, body);
+	return false;
+}
+
+static PyObject *py_open_bound(PyObject *self UNUSED, PyObject *args)
+{
+	unsigned long long first;
+	PyObject *number, *created, *opened;
+
+	if (!PyArg_ParseTuple(args, "KOOO", &first, &number, &created, &opened))
+		return NULL;
+	next_node = first;
+	Py_XSETREF(show_number, Py_NewRef(number));
+	Py_XSETREF(tell_created, Py_NewRef(created));
+	Py_XSETREF(tell_opened, Py_NewRef(opened));
+	Py_RETURN_NONE;
+}
+
+PyMethodDef bound_file_methods[] = {
+	{"open_bound", py_open_bound, METH_VARARGS, "(first node id, number to show, created, opened): open files here."},
+	{NULL, NULL, 0, NULL},
+};
