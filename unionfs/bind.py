@@ -416,8 +416,10 @@ class Binds:
             self._bury(node)
 
     def _bury(self, node: BindNode) -> None:
-        self._collect(node)
         if node.nlookup > 0 or node.handles:
+            return
+        self._collect(node)
+        if node.nlookup > 0:
             return
         self.nodes.pop(node.id, None)
         if node.bind.by_key.get(node.key) is node:
@@ -591,10 +593,11 @@ class Binds:
         parent = self.nodes[parent_id]
         node = BindNode(node_id, parent.bind, key, ino, stat.S_IFREG)
         parent.bind.by_key[key] = self.nodes[node_id] = node  # one that was known by this key is gone from the host
-        node.fd = path_fd
-        node.used = True
         node.nlookup = 1
-        self._kept[node] = None
+        node.used = True
+        if path_fd >= 0:
+            node.fd = path_fd
+            self._kept[node] = None
         node.parent, node.name = parent, name
         parent.children[name] = node
 

@@ -247,7 +247,8 @@ def open_bound(
         first_id: the node id of the first new file; the next ones count up from there.
         number: gives the st_ino to show for (st_dev, st_ino).
         created: called with the parent's node id, the name, the new node's id, its st_ino to show, its (st_dev,
-            st_ino), and an ``O_PATH`` descriptor of it. The layer has done what `own_bound` and `know_name` do.
+            st_ino), and an ``O_PATH`` descriptor of it, for which the layer has done what `own_bound` and `know_name`
+            do; -1: there is none.
         opened: called with the node id, the handle, and the backing id (0: not passed through), also after `created`.
             The layer has done what `count_handles` and `own_attributes` do. The handle is the node's only one.
     """

@@ -70,35 +70,30 @@ static int make_file(int dirfd, const char *name, const struct fuse_create_in *b
 	return fd;
 }
 
-/* Make the node of a new file known here; it has no descriptor if that fails. Returns an errno. */
-static int note_file(const struct owned *parent, const char *name, int fd, struct stat *st, struct owned *node)
+/* The st_ino to show for the file; 0, with errno set, if that fails. */
+static uint64_t number_to_show(const struct stat *st)
 {
-	PyObject *shown;
+	PyObject *number = PyObject_CallFunction(show_number, "KK", (unsigned long long)st->st_dev,
+						 (unsigned long long)st->st_ino);
+	uint64_t shown = number ? PyLong_AsUnsignedLongLong(number) : 0;
 
-	if (fstat(fd, st))
-		return errno;
-	shown = PyObject_CallFunction(show_number, "KK", (unsigned long long)st->st_dev, (unsigned long long)st->st_ino);
-	*node = (struct owned){
-		.node = next_node++,
-		.ino = shown ? PyLong_AsUnsignedLongLong(shown) : 0,
-		.fd = open(path_of(fd).text, O_PATH | O_CLOEXEC),
-		.path_only = true,
-		.settable = true,
-		.timeout = parent->timeout,
-		.bind = parent->bind,
-		.handles = 1,
-		.host_dev = st->st_dev,
-		.host_ino = st->st_ino,
-	};
-	Py_XDECREF(shown);
+	Py_XDECREF(number);
 	PyErr_Clear();
+	errno = ENOMEM;
+	return shown;
+}
+
+/* Have names that lead to a new file, and its attributes, served here. Without all that it is Python that serves them. */
+static void note_file(const char *name, const struct owned *parent, struct owned *node, int fd)
+{
+	node->fd = open(path_of(fd).text, O_PATH | O_CLOEXEC);
 	if (node->fd < 0)
-		return errno;
-	if (node->ino && keep_owned(node) && own_handle(node, fd) && know_name(parent->node, name, node->node))
-		return 0;
-	disown(node->node, -1);
-	close(node->fd);
-	return ENOMEM;
+		return;
+	if (!keep_owned(node) || !own_handle(node, fd) || !know_name(parent->node, name, node->node)) {
+		disown(node->node, -1);
+		close(node->fd);
+		node->fd = -1;
+	}
 }
 
 static bool create_here(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_create_in *body)
@@ -108,7 +103,7 @@ static bool create_here(struct fuse_session *se, const struct fuse_in_header *in
 	struct fuse_entry_param entry = {0};
 	struct opened reply;
 	struct owned node;
-	int fd, error, id;
+	int fd, id;
 
 	if (!parent || !parent->settable || !is_plain_create(in, body) || is_reserved(name))
 		return false;
@@ -116,18 +111,29 @@ static bool create_here(struct fuse_session *se, const struct fuse_in_header *in
 	if (fd < 0)
 		return false;
 	counters[CREATE]++;
-	error = note_file(parent, name, fd, &entry.attr, &node);
-	if (error) {
+	if (fstat(fd, &entry.attr) || !(entry.ino = number_to_show(&entry.attr))) {
+		reply_raw(se, in->unique, errno, NULL, 0);
 		close(fd);
-		reply_raw(se, in->unique, error, NULL, 0);
 		return true;
 	}
+	node = (struct owned){
+		.node = next_node++,
+		.ino = entry.ino,
+		.path_only = true,
+		.settable = true,
+		.timeout = parent->timeout,
+		.bind = parent->bind,
+		.handles = 1,
+		.host_dev = entry.attr.st_dev,
+		.host_ino = entry.attr.st_ino,
+	};
 	entry.ino = node.node;
 	entry.attr.st_ino = node.ino;
 	entry.entry_timeout = node.timeout;
 	entry.attr_timeout = attributes_last(&node);
 	reply.entry = raw_entry(&entry);
 	id = reply_opened(se, in->unique, &reply, 0, fd);
+	note_file(name, parent, &node, fd);
 	call_and_log(tell_created, Py_BuildValue("KyKK(KK)i", in->nodeid, name, node.node, node.ino, node.host_dev,
 						 node.host_ino, node.fd));
 	call_and_log(tell_opened, Py_BuildValue("Kii", node.node, fd, id));
