@@ -62,7 +62,7 @@ static bool readable_within(int device, int64_t timeout_ns)
 	struct pollfd fds[2] = {{.fd = device, .events = POLLIN}, {.fd = loop_fd, .events = POLLIN}};
 	struct timespec timeout = {.tv_nsec = timeout_ns};
 
-	return ppoll(fds, timeout_ns && loop_fd >= 0 ? 2 : 1, &timeout, NULL) > 0 && fds[0].revents;
+	return ppoll(fds, loop_fd >= 0 ? 2 : 1, &timeout, NULL) > 0 && fds[0].revents;
 }
 
 /*
@@ -83,51 +83,60 @@ static long switches(void)
 	return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nivcsw;
 }
 
-/* Look for a request until the time; sets *contended if another thread had the processor for a turn of its own. */
-static bool spin_until(int device, int64_t end, bool *contended)
+static int receive(struct fuse_session *se, struct fuse_buf *buf)
+{
+	return REAL(fuse_session_receive_buf)(se, buf);
+}
+
+/* Try to receive until the time; sets *contended if another thread had the processor for a turn of its own. */
+static int spin_until(struct fuse_session *se, struct fuse_buf *buf, int64_t end, bool *contended)
 {
 	long before = switches();
 	int64_t now = now_ns();
-	bool found = false;
+	int result = -EAGAIN;
 
-	while (!found && now < end) {
+	while (result == -EAGAIN && now < end) {
 		int64_t yielded = now;
 
 		sched_yield();
-		found = readable_within(device, 0);
+		result = receive(se, buf);
 		now = now_ns();
 		*contended = *contended || (now - yielded > CONTENDED_NS && switches() != before);
 	}
-	return found;
+	return result;
 }
 
-static bool linger(int device)
+/* Receive what comes within a moment; -EAGAIN if nothing does. */
+static int linger(struct fuse_session *se, struct fuse_buf *buf)
 {
 	static int64_t contended_until, spin = SHORTEST_NS;
 	int64_t start = now_ns();
-	bool contended = false, found;
+	bool contended = false;
+	int result = -EAGAIN;
 
 	Py_BEGIN_ALLOW_THREADS
-	found = start >= contended_until && spin_until(device, start + spin, &contended);
-	found = found || (linger_ns && readable_within(device, linger_ns));
+	if (start >= contended_until)
+		result = spin_until(se, buf, start + spin, &contended);
+	if (result == -EAGAIN && linger_ns && readable_within(fuse_session_fd(se), linger_ns))
+		result = receive(se, buf);
 	Py_END_ALLOW_THREADS
 	if (contended)
 		contended_until = now_ns() + LEAVE_ALONE_NS;
-	if (found && now_ns() - start < spin_ns)
+	if (result != -EAGAIN && now_ns() - start < spin_ns)
 		spin = spin < spin_ns / 2 ? spin * 2 : spin_ns;
 	else
 		spin = spin > SHORTEST_NS * 2 ? spin / 2 : SHORTEST_NS;
-	return found;
+	return result;
 }
 
 static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
 {
 	for (;;) {
-		int result = REAL(fuse_session_receive_buf)(se, buf);
+		int result = receive(se, buf);
 
+		if (result == -EAGAIN)
+			result = linger(se, buf);
 		if (result == -EAGAIN) {
-			if (linger(fuse_session_fd(se)))
-				continue;
 			drained = true;
 			return -EINTR; /* pyfuse3 then goes back to wait_readable */
 		}
