@@ -784,6 +784,78 @@ def test_a_number_used_again_is_another_file(make_stack: StackMaker) -> None:
         shutil.rmtree(host / "many")
 
 
+def test_files_made_inside_with_few_descriptors(make_stack: StackMaker) -> None:
+    """Made, opened again, moved by the host, removed: the next round's files get the same numbers on ext4."""
+    stack = make_stack("bind")
+    mount_with_descriptors(stack, 128)
+    host, inside = stack.below, stack.inside
+    for round_ in range(3):
+        names = [f"f{round_}.{number}" for number in range(200)]
+        for name in names:
+            (inside / name).write_text(name)
+        for name in names:
+            with open(inside / name, "a+b", buffering=0) as again, open(inside / name, "rb") as reader:
+                again.write(b" more")
+                assert reader.read() == f"{name} more".encode()
+        assert [(host / name).read_text() for name in names] == [f"{name} more" for name in names]
+        with os.scandir(inside) as listing:
+            listed = {entry.name: entry.inode() for entry in listing}
+        assert listed == {name: (inside / name).stat().st_ino for name in names}
+        assert len(set(listed.values())) == len(names)
+        for name in names[::2]:
+            (host / name).rename(host / f"{name}.moved")
+        for name in names:
+            assert (inside / name).exists() == (name not in names[::2])
+            (inside / (name if name not in names[::2] else f"{name}.moved")).unlink()
+        assert os.listdir(host) == []
+
+
+def test_modes_of_files_that_the_daemons_own_user_makes(bound: Stack) -> None:
+    host, inside = bound.below, bound.inside
+
+    def modes(directory: Path) -> list[tuple[int, list[str]]]:
+        found = []
+        for umask, mode in ((0o022, 0o666), (0o077, 0o777), (0, 0o1777), (0o027, 0o6755)):
+            before = os.umask(umask)
+            os.close(os.open(directory / "f", os.O_CREAT | os.O_EXCL | os.O_RDWR, mode))
+            os.umask(before)
+            found.append(((directory / "f").stat().st_mode, os.listxattr(directory / "f")))
+            (directory / "f").unlink()
+        return found
+
+    (host / "plain").mkdir()
+    (host / "acl").mkdir()
+    os.setxattr(host / "acl", ACL_DEFAULT, SOME_ACL)
+    for directory in ("plain", "acl"):
+        assert modes(inside / directory) == modes(host / directory)
+
+
+def test_a_file_that_the_host_makes_first(bound: Stack) -> None:
+    """Between the kernel's lookup and its CREATE: with O_EXCL it exists, without it is opened and keeps its content."""
+    host, inside = bound.below / "f", bound.inside / "f"
+    stop = threading.Event()
+
+    def appear_and_go() -> None:
+        while not stop.is_set():
+            host.write_bytes(b"host")
+            host.unlink(missing_ok=True)
+
+    other = threading.Thread(target=appear_and_go)
+    other.start()
+    seen = set()
+    try:
+        for _ in range(2000):
+            try:
+                with open(os.open(inside, os.O_CREAT | os.O_RDWR, 0o600), "rb") as file:
+                    seen.add(file.read())
+            except OSError as exc:
+                assert exc.errno in (errno.ESTALE, errno.ENOENT)
+    finally:
+        stop.set()
+        other.join()
+    assert seen <= {b"", b"host"}
+
+
 def test_open_files_without_names(bound: Stack) -> None:
     host, inside = bound.below, bound.inside
     for name in ("a", "b"):
