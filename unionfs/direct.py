@@ -17,12 +17,13 @@ An OSError is its errno; any other exception is logged and EIO. Nothing here wai
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from unionfs import native, wire
@@ -464,9 +465,9 @@ class Direct:
                 of = node if position == 1 or node.parent is None else node.parent
                 parts.append(wire.NO_ENTRY + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
-        for position, entry in self._union.read_entries(handle, offset):
+        for position, entry, record in self._listed(handle, offset, size):
             try:
-                packed = self._packed(handle, entry, position, size)
+                packed = self._taken(node, entry, record, size) or self._packed(handle, entry, position, size)
             except WouldBlock:
                 if not parts:
                     raise
@@ -477,6 +478,36 @@ class Direct:
             size -= len(packed)
         return b"".join(parts)
 
+    def _listed(self, handle: DirHandle, offset: int, room: int) -> Iterable[tuple[int, Entry, native.Record | None]]:
+        """Return what comes after an offset: positions, entries, and where these are plain what the kernel gets."""
+        entries = self._union.read_entries(handle, offset)
+        places = self._union.places(handle) if self._ids is None and not self._covers(handle.node) else None
+        if not places or handle.entries is None:
+            return ((position, entry, None) for position, entry in entries)
+        children = {} if handle.again else handle.node.children  # of these the kernel has what it needs
+        first = handle.first_after(offset)
+        records = native.pack_listed(places, children, handle.cookies, handle.entries, first, room, self._timeout)
+        return (
+            (position, entry, record)
+            for (position, entry), record in zip(
+                entries, itertools.chain(records, itertools.repeat(None)), strict=False
+            )
+        )
+
+    def _covers(self, node: Dir) -> bool:
+        return bool(self._covered) and any(parent == node.id for parent, _ in self._covered)
+
+    def _taken(self, parent: Dir, entry: Entry, record: native.Record | None, room: int) -> bytes | None:
+        """Give what is packed a node and count its lookup; None where there is no room, or more to be found out."""
+        if record is None or len(record[2]) > room:
+            return None
+        ino, rino, packed = record
+        node = self._union.inodes.plain(ino, rino, parent, entry.name, entry.layer)
+        if node is None:
+            return None
+        node.nlookup += 1
+        return packed
+
     def _packed(self, handle: DirHandle, entry: Entry, position: int, room: int) -> bytes | None:
         """Pack an entry and count its lookup; None where there is no room."""
         if wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
@@ -484,7 +515,7 @@ class Direct:
         if self._covered and (handle.node.id, entry.name) in self._covered:
             return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
         known = handle.node.children.get(entry.name)
-        if known is not None and known.nlookup > 0 and self._timeout >= _LASTING:
+        if known is not None and known.nlookup > 0 and self._timeout >= _LASTING and not handle.again:
             # The kernel has it, with attributes that last: it would only have to count one more lookup.
             return wire.NO_ENTRY + wire.dirent(known.ino, position, entry.name, known.fmt >> _DT_SHIFT)
         try:

@@ -37,6 +37,7 @@ APPEND_ONLY: Final = 1024  # chattr +a
 PROTECTION_KNOWN: Final = 2048
 PLAIN: Final = 4096  # was found in a lower layer, without any extended attribute
 
+_NOT_PLAIN: Final = META | INDEXED | UNLINKED | BROKEN_LINK
 _FSID_SHIFT: Final = 55
 _INO_MASK: Final = (1 << _FSID_SHIFT) - 1
 _EXTRA_BIT: Final = 1 << 63
@@ -102,7 +103,7 @@ class Node:
 class Dir(Node):
     """A directory: the layers that it merges, top first, and what is known below it."""
 
-    __slots__ = ("children", "default_acl", "fds", "stack", "stale", "version", "where")
+    __slots__ = ("children", "default_acl", "fds", "listed", "stack", "stale", "version", "where")
 
     def __init__(self, node_id: int, ino: int, parent: Dir | None, name: bytes) -> None:
         super().__init__(node_id, ino, stat.S_IFDIR, parent, name)
@@ -113,6 +114,7 @@ class Dir(Node):
         self.fds: tuple[int, ...] | None = None  # owned by dirfds
         self.stale = False  # renamed: `where` must be found again before the next opening
         self.children: dict[bytes, Node] = {}
+        self.listed = -1  # its version when it was last read
         self.version = 0  # counts changes of what names the directory holds, and where
         self.default_acl: bytes | bool | None = False  # False: not looked at yet
 
@@ -153,6 +155,11 @@ class InodeTable:
             return fsid << _FSID_SHIFT | ino
         # No room for the file system's number: overlayfs falls back to non-persistent numbers, so do we.
         return self._odd.setdefault((device, ino), _EXTRA_BIT | (1 << 62) | len(self._odd))
+
+    def number_base(self, device: int) -> int | None:
+        """Return what `map_ino` adds to the numbers that leave room for it; None where it adds nothing of the kind."""
+        fsid = self._fsids.get(device)
+        return None if fsid is None or fsid >= 256 else fsid << _FSID_SHIFT
 
     def _free_id(self, ino: int) -> int:
         if ino > ROOT_ID and ino not in self.nodes:
@@ -201,6 +208,24 @@ class InodeTable:
         node = Dir(node_id, ino, parent, name) if fmt == stat.S_IFDIR else Node(node_id, ino, fmt, parent, name)
         self.nodes[node_id] = node
         parent.children[name] = node
+        return node
+
+    def plain(self, ino: int, rino: int, parent: Dir, name: bytes, layer: int) -> Node | None:
+        """Return the node of a regular file with one name and no attribute, as it is or a new one.
+
+        None where there is more to it: a living node of that number is another's, or in use.
+        """
+        known = self.nodes.get(ino)
+        if known is not None:
+            same = known.parent is parent and known.name == name and known.layer == layer and known.rino == rino
+            return (
+                known if same and not (known.handles or known.job or known.links or known.flags & _NOT_PLAIN) else None
+            )
+        if not layer and rino in self._by_upper:
+            return None
+        node = self.nodes[ino] = parent.children[name] = Node(ino, ino, stat.S_IFREG, parent, name)
+        node.layer, node.rino = layer, rino
+        node.flags = PLAIN if layer else UPPER | PROTECTION_KNOWN
         return node
 
     @staticmethod

@@ -40,7 +40,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -371,6 +371,40 @@ def pack_attributes(ino: int, timeout: float, nlink: int, blocks: int, st: os.st
     """Build ``struct fuse_attr_out``; the arguments are those of `pack_entry`."""
     assert _module is not None
     packed: bytes = _module.pack_attributes(ino, timeout, nlink, blocks, st)
+    return packed
+
+
+Place = tuple[int, int, int]
+Record = tuple[int, int, bytes]
+
+
+def pack_listed(
+    places: dict[int, Place],
+    children: Mapping[bytes, object],
+    positions: list[int],
+    entries: Sequence[tuple[bytes, int, int, int]],
+    first: int,
+    room: int,
+    timeout: float,
+) -> list[Record | None]:
+    """Look at entries of a listing, and pack those that are regular files with one name and no extended attribute.
+
+    Args:
+        places: by layer: a descriptor of the directory, what its objects' st_ino show above their own bits, and its
+            device. Entries of other layers are left alone.
+        children: names that are left alone, too.
+        positions: the positions of all entries.
+        entries: all entries of the listing, as `merge.Entry`.
+        first: the first one to look at.
+        room: about how many bytes are wanted.
+        timeout: for name and attributes, in seconds.
+
+    Returns:
+        For each entry from the first on the st_ino to show (also the node id), its own one and
+        ``struct fuse_direntplus``; None for one that was left alone.
+    """
+    assert _module is not None
+    packed: list[Record | None] = _module.pack_listed(places, children, positions, entries, first, room, timeout)
     return packed
 
 

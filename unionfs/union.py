@@ -90,14 +90,21 @@ class DirHandle:
     it stays the same whatever else happens in the directory, so reading can go on in a newer listing.
     """
 
-    __slots__ = ("cookies", "entries", "kept", "node", "version")
+    __slots__ = ("again", "cookies", "entries", "kept", "node", "version")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
         self.entries: list[Entry] | None = None
         self.cookies: list[int] = []  # parallel to entries, ascending
+        self.again = (
+            False  # whether the same listing was read before: the kernel has dropped what it knew, and names too
+        )
         self.kept = False  # whether the kernel may keep what it reads through this handle
         self.version = -1  # of the directory when it was read
+
+    def first_after(self, cookie: int) -> int:
+        """Return the index of the first entry that comes after a cookie."""
+        return bisect.bisect_right(self.cookies, cookie)
 
 
 class Union:
@@ -191,9 +198,10 @@ class Union:
     def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
         """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
         if after <= _DOTS or handle.entries is None:
-            handle.version, handle.cookies, handle.entries = self._listing(handle.node)
-        first = bisect.bisect_right(handle.cookies, after)
-        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), first, None)
+            node = handle.node
+            handle.version, handle.cookies, handle.entries = self._listing(node)
+            handle.again, node.listed = node.listed == node.version, node.version
+        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), handle.first_after(after), None)
 
     def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:
         """Return a directory's version, cookies and entries; those that were read lately need not be read again."""
@@ -212,6 +220,23 @@ class Union:
         """Return the node and stat result of a listed entry, None where it is gone."""
         node = handle.node
         return self.tree.look(node, entry.name, entry.layer if handle.version == node.version else 0)
+
+    def places(self, handle: DirHandle) -> dict[int, tuple[int, int, int]]:
+        """Return where a listing's entries can be looked at at once, each in the layer that it comes from.
+
+        By layer: a descriptor of the directory, good until the next request, what the ``st_ino`` shown have above the
+        real ones, and the device. Empty where more is to be asked than the layer.
+        """
+        node = handle.node
+        if self.door.is_slow or (handle.version != node.version and node.is_merged):
+            return {}
+        places = {}
+        for number, fd in zip(node.stack, self.tree.dirfds.fds(node), strict=True):
+            device = self.layers.layer(number).device
+            base = self.inodes.number_base(device)
+            if base is not None:
+                places[number] = fd, base, device
+        return places
 
     def listed_ino(self, node: Dir, entry: Entry) -> int | None:
         """Return the ``st_ino`` of a listed entry if the listing is enough to tell, else None.

@@ -1,0 +1,141 @@
+/*
+ * Entries of a listing about which there is nothing to find out (Resolver.plain_file in unionfs/resolve.py): regular
+ * files of a lower layer with one name and no extended attribute. They are most of all files, so they are looked at and
+ * packed here, many in one call.
+ */
+#include "native.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#define LISTXATTRAT 465 /* Linux 6.13, which older headers lack */
+
+enum { INO_BITS = 55 }; /* of a number shown; above them is its file system's (unionfs/inodes.py) */
+
+/* The directory of one layer. */
+struct place {
+	int fd;
+	unsigned long long base; /* what the numbers shown have above INO_BITS */
+	unsigned long long device;
+};
+
+/* Whether the entry is known to have no attribute: an error is Python's to judge. */
+static bool has_no_xattrs(int dirfd, const char *name)
+{
+	static bool by_path;
+	char path[32 + NAME_MAX];
+	long size = -1;
+
+	if (!by_path) {
+		size = syscall(LISTXATTRAT, dirfd, name, AT_SYMLINK_NOFOLLOW, NULL, (size_t)0);
+		by_path = size < 0 && errno == ENOSYS;
+	}
+	if (by_path) {
+		if (snprintf(path, sizeof(path), "/proc/self/fd/%d/%s", dirfd, name) >= (int)sizeof(path))
+			return false;
+		size = llistxattr(path, NULL, 0);
+	}
+	return size == 0 || (size < 0 && errno == EOPNOTSUPP);
+}
+
+static bool look_at_plain(const struct place *place, const char *name, struct stat *st)
+{
+	return !fstatat(place->fd, name, st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st->st_mode) && st->st_nlink == 1 &&
+	       st->st_dev == place->device && st->st_ino > FUSE_ROOT_ID && !(st->st_ino >> INO_BITS) &&
+	       has_no_xattrs(place->fd, name);
+}
+
+/* struct fuse_direntplus, with as many bytes of zeros after the name as alignment takes. */
+static PyObject *pack_record(const struct fuse_entry_param *entry, uint64_t position, const char *name, size_t length)
+{
+	struct fuse_entry_out out = raw_entry(entry);
+	struct fuse_dirent dirent = {
+		.ino = entry->attr.st_ino,
+		.off = position,
+		.namelen = (uint32_t)length,
+		.type = DT_REG,
+	};
+	size_t size = sizeof(out) + FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + length);
+	PyObject *record = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+	char *at;
+
+	if (!record)
+		return NULL;
+	at = PyBytes_AS_STRING(record);
+	memset(at, 0, size);
+	memcpy(at, &out, sizeof(out));
+	memcpy(at + sizeof(out), &dirent, FUSE_NAME_OFFSET);
+	memcpy(at + sizeof(out) + FUSE_NAME_OFFSET, name, length);
+	return record;
+}
+
+/* (st_ino to show, st_ino, record); None for what isn't plain. */
+static PyObject *pack_plain(const struct place *place, PyObject *name, uint64_t position, double timeout)
+{
+	struct fuse_entry_param entry = {.entry_timeout = timeout, .attr_timeout = timeout};
+	unsigned long long real;
+	PyObject *record;
+
+	if (!look_at_plain(place, PyBytes_AS_STRING(name), &entry.attr))
+		Py_RETURN_NONE;
+	real = entry.attr.st_ino;
+	entry.ino = entry.attr.st_ino = place->base | real;
+	record = pack_record(&entry, position, PyBytes_AS_STRING(name), (size_t)PyBytes_GET_SIZE(name));
+	return record ? Py_BuildValue("KKN", (unsigned long long)entry.ino, real, record) : NULL;
+}
+
+/* What is said of the layer that an entry comes from; false where its entries are not for us, or with an error set. */
+static bool find_place(PyObject *places, PyObject *layer, struct place *place)
+{
+	PyObject *found = PyDict_GetItemWithError(places, layer);
+
+	return found && PyArg_ParseTuple(found, "iKK", &place->fd, &place->base, &place->device);
+}
+
+/* An unionfs.merge.Entry: (name, layer, st_ino, DT_*). */
+static PyObject *record_of(PyObject *places, PyObject *children, PyObject *position, PyObject *entry, double timeout)
+{
+	PyObject *name = PyTuple_GET_ITEM(entry, 0);
+	struct place place;
+
+	if (PyLong_AsLong(PyTuple_GET_ITEM(entry, 3)) != DT_REG || !strncmp(PyBytes_AS_STRING(name), ".wh.", 4) ||
+	    PyDict_Contains(children, name) || !find_place(places, PyTuple_GET_ITEM(entry, 1), &place))
+		return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+	return pack_plain(&place, name, PyLong_AsUnsignedLongLong(position), timeout);
+}
+
+static PyObject *py_pack_listed(PyObject *self UNUSED, PyObject *args)
+{
+	PyObject *places, *children, *positions, *entries, *result;
+	Py_ssize_t first, room;
+	double timeout;
+
+	if (!PyArg_ParseTuple(args, "O!O!O!O!nnd", &PyDict_Type, &places, &PyDict_Type, &children, &PyList_Type, &positions,
+			      &PyList_Type, &entries, &first, &room, &timeout))
+		return NULL;
+	result = PyList_New(0);
+	for (Py_ssize_t at = first; result && room > 0 && at < PyList_GET_SIZE(entries); at++) {
+		PyObject *record = record_of(places, children, PyList_GET_ITEM(positions, at), PyList_GET_ITEM(entries, at), timeout);
+
+		if (!record || PyList_Append(result, record))
+			Py_CLEAR(result);
+		else
+			room -= record == Py_None ? 0 : PyBytes_GET_SIZE(PyTuple_GET_ITEM(record, 2));
+		Py_XDECREF(record);
+	}
+	return result;
+}
+
+PyMethodDef listed_methods[] = {
+	{"pack_listed", py_pack_listed, METH_VARARGS,
+	 "(places by layer, children, positions, entries, first, room, timeout): for each entry from the first on, as many as "
+	 "there is room for, (st_ino to show, st_ino, struct fuse_direntplus); None for one that isn't plain, or is known."},
+	{NULL, NULL, 0, NULL},
+};
