@@ -30,6 +30,11 @@ def crowd(prefix: str, what: Callable[[int], object]) -> Tree:
 @pytest.fixture
 def root(stack: Stack) -> Path:
     """A mounted union with a directory `d` that holds every kind of entry, some changed since."""
+    return fill(stack)
+
+
+def fill(stack: Stack) -> Path:
+    """Mount a stack over layers that hold every kind of entry, and change some."""
     kinds: Tree = {
         **crowd("file", lambda number: f"{number}".encode()),
         "link": HardLink("d/file-0000"),
@@ -85,6 +90,39 @@ def test_numbers_and_types_are_those_of_stat(stack: Stack, root: Path, again: st
     assert len(listed) > 3 * COUNT
     assert listed == looked_at(here)
     assert listed == names_only(here)
+
+
+def attributes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """What stat says of each entry once the directory has been listed: the kernel has it from the listing then."""
+    found = {}
+    for name in os.listdir(directory):
+        status = (directory / name).lstat()
+        own = (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_ctime_ns)
+        sizes = (0, 0) if stat.S_ISDIR(status.st_mode) else (status.st_nlink, status.st_size)
+        found[name] = (*own, *sizes, status.st_rdev)
+    return found
+
+
+def test_attributes_are_those_that_overlayfs_lists(ours: Stack, check_by_overlay: Callable[[Stack], Path]) -> None:
+    """Of files that are plain and others, listed for the first time, when the kernel has dropped all, and once changed."""
+    here = fill(ours) / "d"
+    changed = here / "file-0104"
+    ours.remount()
+    first = attributes(here)
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    assert attributes(here) == first
+    assert attributes(here) == first
+    with open(changed, "ab", buffering=0) as file:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        file.write(b"more")
+        os.fchmod(file.fileno(), 0o604)
+        now = attributes(here)
+    assert now["file-0104"][1] & 0o777 == 0o604
+    assert now["file-0104"][7] == len("104more")
+    ours.umount()
+    shown = attributes(check_by_overlay(ours) / "d")
+    assert set(shown) == set(now)
+    assert {name: seen for name, seen in shown.items() if seen != now[name]} == {}
 
 
 def test_a_kept_listing_follows_changes(root: Path) -> None:
