@@ -18,6 +18,8 @@ export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
 
 # Further arguments for pytest, such as ARGS='-k rename', or for the comparison.
 ARGS ?=
+# How many tests run at the same time; 0: one after the other, in make's own process.
+JOBS ?= 2
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
 # How long `make verify` and `make crash` run.
@@ -30,7 +32,7 @@ help:
 	@echo 'make mount                             a demonstration union under ./demo'
 	@echo 'make mount LOWER=a:b UPPER=u MERGED=m  a union of yours; also WORK=, OPTIONS=; without UPPER read-only'
 	@echo 'make umount [MERGED=m]                 unmount it'
-	@echo 'make test [ARGS=...]                   all tests (as root)'
+	@echo 'make test [ARGS=...] [JOBS=2]          all tests, two at a time (as root)'
 	@echo 'make lint types                        ruff, mypy'
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
 	@echo 'make verify [MINUTES=10]               fio with checksums on all that it reads, in every mode (as root)'
@@ -46,7 +48,7 @@ umount:
 	@scripts/umount
 
 test: root packages-test $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: packages $(VENV)/.installed-test
 	$(BIN)/ruff check .
