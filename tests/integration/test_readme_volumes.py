@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import environment
 from tests.support.people import REPOSITORY
+from tests.support.readme import indented, run, section
 
 NAMES = ("base", "changes", "merged", "other-base", "other-changes", "other", "third-base", "third-changes", "third")
-
-PROLOGUE = """
-mkdir -p /var/lib/unionfs /srv
-mount -t tmpfs -o mode=755 tmpfs /var/lib/unionfs
-mount -t tmpfs -o mode=755 tmpfs /srv
-mount -t tmpfs -o mode=755 tmpfs /run
-unionfs() { "$PYTHON" -m unionfs "$@"; }
-ssh() { shift; "$@"; }
-clear() { for name in merged other third; do ! mountpoint -q $name || unionfs umount --rm $name; done; }
-trap clear EXIT
-set -x
-"""
 
 
 def blocks() -> dict[str, list[str]]:
     """Heading → lines of the commands below it, of the section on volumes."""
-    text = (REPOSITORY / "README.md").read_text()
-    section = text.partition("\n## Volumes\n")[2].partition("\n## ")[0]
     found: dict[str, list[str]] = {}
-    for part in section.split("\n### ")[1:]:
+    for part in section("Volumes").split("\n### ")[1:]:
         heading, _, body = part.partition("\n")
-        lines = [line.strip() for line in re.findall(r"^    (.*)$", body, re.MULTILINE)]
-        found[heading] = [line for line in lines if re.match(r"(unionfs|echo|cat|tar|touch) ", line)]
+        found[heading] = [line for line in indented(body) if re.match(r"(unionfs|echo|cat|tar|touch) ", line)]
     return {heading: lines for heading, lines in found.items() if lines}
-
-
-def run(script: str, where: Path) -> str:
-    """Run a script in namespaces of its own, where `unionfs` is ours; return all it says."""
-    done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "bash", "-euo", "pipefail", "-c", PROLOGUE + script],
-        cwd=where,
-        env=environment() | {"PYTHON": sys.executable},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
 
 
 @pytest.fixture
