@@ -123,6 +123,7 @@ def checkout(ground: Path) -> Path:
     return ground
 
 
+@pytest.mark.fault_seconds(200)
 def test_two_commands(checkout: Path) -> None:
     demonstrate, undo, own = commands(section("Two commands"))
     for line, after in ((demonstrate, undo), (own, f"{undo.partition('#')[0]} MERGED=/mnt/work")):

@@ -43,7 +43,7 @@ def run(script: str, where: Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
