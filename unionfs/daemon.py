@@ -191,6 +191,13 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
         union.close()
 
 
+def _sync(union: Union) -> None:
+    try:
+        union.sync()
+    except OSError as error:
+        log.error("upper can't be synced (%s): what was written last may not be there after a crash", error.strerror)
+
+
 def _wants_passthrough(config: MountConfig) -> bool:
     """Whether to ask the kernel for passthrough. It makes the mount count as a stacked file system, as kernel
     overlayfs does; on layers that are stacked themselves no file could be passed, so that would be for nothing.
@@ -224,6 +231,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
         raise _only_error(group) from group
     finally:
         pyfuse3.close(unmount=True)
+        _sync(union)
 
 
 def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:

@@ -151,8 +151,17 @@ class UnionOperations(pyfuse3.Operations):
             await self._following.run(task_status)
 
     async def finish(self) -> None:
-        """Wait until all that was written is where it belongs, before the mount ends on a signal."""
+        """Wait until all that was written is where it belongs, before the mount ends on a signal.
+
+        An unmount does as much by itself; a signal also ends a mount that is in use. What was written to a shared
+        mapping may still be in the kernel's page cache then, which the end of the session would throw away.
+        """
         await self._following.finish()
+        await trio.to_thread.run_sync(self._flush, self._union.written_nodes())
+
+    def _flush(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            self._invalidate_data(node)
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""
@@ -243,7 +252,10 @@ class UnionOperations(pyfuse3.Operations):
                 pyfuse3.invalidate_inode(node.id, attr_only=True)
 
     def _invalidate_data(self, node: Node) -> None:
-        """Have the kernel forget a file's data too. Not in the loop: it waits for requests that are under way."""
+        """Have the kernel forget a file's data too, once it has written what is new in it.
+
+        Not in the loop: it waits for requests (``fuse_reverse_inval_inode``).
+        """
         with contextlib.suppress(OSError):
             pyfuse3.invalidate_inode(node.id, attr_only=False)
 

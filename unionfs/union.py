@@ -163,6 +163,18 @@ class Union:
             raise
         return union
 
+    def sync(self) -> None:
+        """Make all that is in upper durable, as the unmount of an overlay does (``ovl_sync_fs``).
+
+        Raises OSError: it is not, or not all of it.
+        """
+        if self.work is not None and not self.config.volatile:
+            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.work.fd)
+            try:
+                sysio.sync_file_system(fd)
+            finally:
+                os.close(fd)
+
     def close(self) -> None:
         """Close every descriptor; the locks on the layers go with them."""
         if self._closed:
@@ -310,6 +322,15 @@ class Union:
     def syncable(self, fd: int) -> bool:
         """Tell whether fsync of an open file has anything to do."""
         return not self.config.volatile and self.open_files[fd].is_upper
+
+    def written_nodes(self) -> list[Node]:
+        """Return the files in upper that somebody has open for writing."""
+        found = {
+            node.id: node
+            for fd, node in self.open_files.items()
+            if node.is_upper and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        }
+        return list(found.values())
 
     def open_for_sync(self, node: Dir) -> int:
         """Return a descriptor for syncing a directory's upper part, -1 where there is nothing to sync."""
