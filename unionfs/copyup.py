@@ -87,6 +87,7 @@ class DataCopy:
         self.size = size
         self.may_follow = may_follow
         self.follows = False
+        self._lost: OSError | None = None
         self._written: Callable[[], int] = _now if cut else lambda: 0
         self._name = name
         self._in_place = in_place
@@ -100,9 +101,18 @@ class DataCopy:
         self.sync()
 
     def sync(self) -> None:
-        """Sync what was copied; in any thread."""
+        """Sync what was copied; in any thread.
+
+        After an fsync that has failed the next one says nothing of what was lost before it, so this fails for good.
+        """
+        if self._lost is not None:
+            raise OSError(self._lost.errno, self._lost.strerror)
         if self.size and not self.up.volatile:
-            os.fsync(self.target)
+            try:
+                os.fsync(self.target)
+            except OSError as exc:
+                self._lost = exc
+                raise
 
     def finish(self) -> None:
         """Publish the copy. Where that fails the copy is abandoned, unless its data follows: then it may be retried.
@@ -196,8 +206,13 @@ class DataCopy:
             sysio.utimens_fd(self.target, self._before.st_atime_ns, mtime or self._before.st_mtime_ns)
 
     def abandon(self) -> None:
-        """Give up: remove what is unpublished, and let a metacopy look as before."""
+        """Give up: remove what is unpublished, and let a metacopy look as before.
+
+        What could not be written to a metacopy must leave the page cache: the next copy might not write it either.
+        """
         if self._before is not None and self.target >= 0:
+            with contextlib.suppress(OSError):
+                sysio.punch_hole(self.target, self._before.st_size)
             with contextlib.suppress(OSError):
                 os.ftruncate(self.target, self._before.st_size)
                 self._restore(0)

@@ -548,6 +548,18 @@ def sync_file_system(fd: int) -> None:
         raise _fail()
 
 
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+
+
+def punch_hole(fd: int, size: int) -> None:
+    """Take the first *size* bytes out of a file, which keeps its size (``fallocate(2)``, FALLOC_FL_PUNCH_HOLE)."""
+    if _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size) != 0:
+        raise _fail()
+
+
 _FICLONE: Final = 0x40049409
 _COPY_CHUNK: Final = 1 << 20
 _NO_CLONE: Final = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY))

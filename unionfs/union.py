@@ -405,11 +405,20 @@ class Union:
             return
         fd = self.tree.open_real(node, os.O_WRONLY)
         try:
-            os.truncate(sysio.fd_path(fd), size)
+            self._truncate_path(fd, size)
             if kill_for is not None:
                 clear_suidgid(fd, kill_for)
         finally:
             os.close(fd)
+
+    @staticmethod
+    def _truncate_path(fd: int, size: int) -> None:
+        try:
+            os.truncate(sysio.fd_path(fd), size)
+        except OSError:
+            if os.fstat(fd).st_size != size:
+                raise
+            # The copy-up has left out the rest already: an error would say that nothing has changed.
 
     def getxattr(self, node: Node, name: str) -> bytes:
         """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""

@@ -4,7 +4,7 @@ Chapters of work (`workload`) are done in a union, each in a fresh one and in se
 it is, which tells how many changing system calls the daemon makes for it, from its start to its end. Then it is done
 again and again, and the daemon is killed before one of these calls, another one each time (`gate` tells how), or, in
 turns, at a random moment; sometimes the daemon of the next mount is killed, too, while it clears up. Or the call fails
-with ENOSPC or EDQUOT, and the daemon has to cope with that.
+with ENOSPC, EDQUOT, EIO or EROFS, and the daemon has to cope with that.
 
 After each of them (`trial`) every file must be wholly old or wholly new. All that was finished is there, what was under
 way is there or not. Nothing half-made shows or is left over, kernel overlayfs sees the same in the layers as the union
@@ -39,7 +39,7 @@ from tests.support.filesystems import FS_KINDS, file_system
 
 MODES: Final = ("default", "passthrough=off", "native=off", "metacopy=off", "whiteout=xattr")
 KINDS: Final = ("calls", "moments", "faults")
-FAULTS: Final = (errno.ENOSPC, errno.EDQUOT)
+FAULTS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _REMOUNT_CALLS: Final = 12
 """About as many changing calls a mount makes."""
 

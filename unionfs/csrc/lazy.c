@@ -58,6 +58,7 @@ struct lazy {
 	off_t chunk; /* bytes */
 	size_t chunks;
 	atomic_size_t missing; /* chunks that are not PRESENT */
+	atomic_int lost;       /* the error with which the disk has refused data; no later sync would tell it again */
 	int64_t written_ns;    /* when the last change was asked for, 0: never */
 	pthread_mutex_t lock;  /* guards state */
 	pthread_cond_t changed;
@@ -373,6 +374,7 @@ static PyObject *py_lazy_begin(PyObject *self UNUSED, PyObject *args)
  */
 static int copy_all(struct lazy *lazy)
 {
+	/* Who waits gets the error of the disk, and a later fsync() of this descriptor does not: so it is kept. */
 	const unsigned wait = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 	int error = 0;
 
@@ -383,10 +385,11 @@ static int copy_all(struct lazy *lazy)
 		if (error)
 			break;
 		sync_file_range(lazy->target, at, lazy->chunk, SYNC_FILE_RANGE_WRITE);
-		if (index >= BEHIND)
-			sync_file_range(lazy->target, at - BEHIND * lazy->chunk, lazy->chunk, wait);
+		if (index >= BEHIND && sync_file_range(lazy->target, at - BEHIND * lazy->chunk, lazy->chunk, wait) &&
+		    (errno == EIO || errno == ENOSPC || errno == EDQUOT))
+			lazy->lost = errno;
 	}
-	return error;
+	return error ? error : lazy->lost;
 }
 
 static struct lazy *known(unsigned long long node)

@@ -1,0 +1,77 @@
+"""A handler of the daemon that fails where it can't: put into a daemon from outside.
+
+`command` starts a program in which Python runs, at its start, what stands in `_SITE`: that replaces the handlers of both
+adapters (`unionfs.ops` and `unionfs.direct`) by ones that raise, once, when the flag file has their name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.people import REPOSITORY
+
+ERROR = "InjectedFault"
+_SITE = f"""
+import importlib.machinery, os, sys
+FLAG = os.environ["UFST_FLAG"]
+
+class {ERROR}(Exception):
+    pass
+
+def check(name):
+    try:
+        with open(FLAG) as flag:
+            wanted = flag.read()
+    except FileNotFoundError:
+        return
+    if wanted == name:
+        os.unlink(FLAG)
+        raise {ERROR}(name)
+
+def patch_ops(module):
+    for name, wrapper in vars(module.UnionOperations).items():
+        inner = getattr(wrapper, "__wrapped__", None)
+        for cell in getattr(wrapper, "__closure__", None) or () if inner else ():
+            if cell.cell_contents is inner:
+                async def raising(*args, _inner=inner, _name=name, **kwargs):
+                    check(_name)
+                    return await _inner(*args, **kwargs)
+                raising.__name__ = name
+                cell.cell_contents = raising
+    flags_now = module.UnionOperations._flags_now
+    def raising(*args):
+        check("ioctl")
+        return flags_now(*args)
+    module.UnionOperations._flags_now = raising
+
+def patch_direct(module):
+    for name, method in list(vars(module.Direct).items()):
+        if callable(method) and not name.startswith("_"):
+            def raising(*args, _inner=method, _name=name):
+                check(_name)
+                return _inner(*args)
+            setattr(module.Direct, name, raising)
+
+PATCHES = {{"unionfs.ops": patch_ops, "unionfs.direct": patch_direct}}
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name not in PATCHES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            PATCHES[name](module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def command(directory: Path) -> list[str]:
+    """The words before a daemon's command; *directory* takes the code, and the file `flag` with a handler's name."""
+    (directory / "sitecustomize.py").write_text(_SITE)
+    return ["env", f"PYTHONPATH={directory}:{REPOSITORY}", f"UFST_FLAG={directory / 'flag'}"]
