@@ -16,6 +16,8 @@ FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
 CLONE_FS = 0x200
+IN_MOVED_TO = 0x80
+IN_CREATE = 0x100
 MNT_FORCE = 1
 MNT_DETACH = 2
 AT_FDCWD = -100
@@ -66,6 +68,13 @@ def syncfs(fd: int) -> None:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its `mode` bits, which os.posix_fallocate can't pass."""
     _check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
+
+
+def inotify(directory: PathArg, events: int) -> int:
+    """Watch a directory for inotify(7) events; a descriptor that doesn't block."""
+    fd = _check(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+    _check(_libc.inotify_add_watch(fd, os.fsencode(directory), ctypes.c_uint(events)), directory)
+    return fd
 
 
 def unshare(flags: int) -> None:
