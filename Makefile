@@ -22,12 +22,12 @@ ARGS ?=
 JOBS ?= 2
 # How many operation sequences `make fuzz` runs against kernel overlayfs.
 SEQUENCES ?= 2000
-# How long `make verify`, `make crash` and `make soak` run.
+# How long `make verify`, `make powercut`, `make crash` and `make soak` run.
 MINUTES ?= 10
 crash: MINUTES = 5
 soak: MINUTES = 20
 
-.PHONY: help mount umount test lint types fuzz verify crash soak compare sanitize clean root packages packages-test packages-soak
+.PHONY: help mount umount test lint types fuzz verify crash powercut soak compare sanitize clean root packages packages-test packages-soak
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -38,6 +38,7 @@ help:
 	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
 	@echo 'make verify [MINUTES=10]               fio with checksums on all that it reads, in every mode (as root)'
 	@echo 'make crash [MINUTES=5] [ARGS=...]      the daemon killed before each system call that changes something (as root)'
+	@echo 'make powercut [MINUTES=10] [ARGS=...]  the power cut at any moment, on a disk that remembers what was written (as root)'
 	@echo 'make soak [MINUTES=20] [ARGS=...]      stress-ng, dbench, fio and clients of our own at once (as root)'
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
@@ -67,6 +68,9 @@ verify: root packages-test $(VENV)/.installed-test
 
 crash: root packages-test $(VENV)/.installed-test
 	@$(BIN)/python -m tests.crash --minutes $(MINUTES) $(ARGS)
+
+powercut: root packages-test $(VENV)/.installed-test
+	@$(BIN)/python -m tests.power --minutes $(MINUTES) $(ARGS)
 
 soak: root packages-test packages-soak $(VENV)/.installed-test
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) $(ARGS)

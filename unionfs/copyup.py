@@ -404,13 +404,15 @@ class CopyUp:
     def _complete(self, node: Node, size: int | None) -> None:
         """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).
 
-        That happens in place, unless the data may follow: then the metacopy is left alone until a whole file takes
-        its place.
+        That happens in place, unless the data may follow or not all is wanted: then the metacopy is left alone until
+        another file takes its place. Its size is that of the lower file as long as it has the mark. Where it can't be
+        replaced all is copied, and cut afterwards.
         """
         whole = self.tree.stat(node).st_size
         wanted = whole if size is None else min(size, whole)
-        if wanted == whole and self._may_follow(node, whole):
-            self._copy_to_temp(node, wanted, cut=False, may_follow=True)
+        follows = wanted == whole and self._may_follow(node, whole)
+        if follows or (wanted < whole and self._may_replace(node)):
+            self._copy_to_temp(node, wanted, cut=wanted < whole, may_follow=follows)
             return
         source = self.tree.open_real(node, os.O_RDONLY)
         try:
@@ -418,16 +420,20 @@ class CopyUp:
         except BaseException:
             self.tree.door.close_file(source)
             raise
-        self._start(DataCopy(self, node, source, target, None, wanted, cut=wanted < whole, in_place=True), wanted)
+        self._start(DataCopy(self, node, source, target, None, whole, cut=False, in_place=True), whole)
 
     def _may_follow(self, node: Node, size: int) -> bool:
-        """Tell whether the data of a file may follow.
+        """Tell whether the data of a file may follow."""
+        return self.follow_from is not None and size >= self.follow_from and self._may_replace(node)
 
-        Left out is what is seldom big: what writing would clear (suid, capabilities), which would have to be kept apart
-        from the lower file's, hard links, and files without a name; and metacopies whose number is that of the upper
-        file, or that have flags of their own, since another one is to take its place.
+    def _may_replace(self, node: Node) -> bool:
+        """Tell whether the copy of a file can be made apart from it, whatever upper has of it.
+
+        Left out is what writing would clear (suid, capabilities), which would have to be kept apart from the lower
+        file's, hard links, and files without a name; and metacopies whose number is that of the upper file, or that
+        have flags of their own, since another one is to take its place.
         """
-        if self.follow_from is None or size < self.follow_from or node.flags & (UNLINKED | INDEXED):
+        if node.flags & (UNLINKED | INDEXED):
             return False
         st = self.tree.stat(node)
         if st.st_nlink > 1 or st.st_mode & (stat.S_ISUID | stat.S_ISGID) or node.parent is None:

@@ -323,3 +323,27 @@ def test_read_only_union_of_lower_and_data(stack: Stack) -> None:
     assert (root / "one").read_bytes() == BIG
     with fails(errno.EROFS):
         os.chmod(root / "one", 0o600)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o4755], ids=["replaced", "in place"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_metacopy_that_is_cut(ours: Stack, check_by_overlay: Oracle, size: int, mode: int) -> None:
+    """Its size may not change as long as it has its mark: a kill in between would leave what nobody reads alike."""
+    data = bytes(range(256)) * 40
+    (ours.lower / "f").write_bytes(data)
+    root = ours.mount()
+    with open(root / "f", "rb", buffering=0) as before:
+        os.chmod(root / "f", mode)
+        marked = (ours.up / "f").stat().st_ino
+        os.truncate(root / "f", size)
+        assert before.read() == data[:size]
+        with open(root / "f", "ab") as stream:
+            stream.write(b"tail")
+        assert before.read() == b"tail"
+    assert ((ours.up / "f").stat().st_ino == marked) == (mode == 0o4755)
+    ours.remount()
+    assert (root / "f").read_bytes() == data[:size] + b"tail"
+    ours.umount()
+    assert (ours.up / "f").read_bytes() == data[:size] + b"tail"
+    assert os.listdir(ours.work / "work") == []
+    assert (check_by_overlay(ours) / "f").read_bytes() == data[:size] + b"tail"

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,9 @@ from rich.table import Table
 
 from tests.support import raw
 from tests.support.clients import DIRECTORIES
-from tests.support.filesystems import FS_KINDS, file_system
+from tests.support.filesystems import FS_KINDS, file_system, have_own_mounts
 from tests.support.layers import Tree, build
-from tests.support.mounts import MountRefused, Stack, environment
+from tests.support.mounts import MountRefused, Stack, daemons, environment, wait_gone
 from tests.support.snapshot import differences, snapshot
 
 MODES = ("default", "passthrough=off", "native=off")
@@ -203,6 +204,14 @@ class Site:
         load.memory = _kilobytes(status, "RssAnon") * 1024
         load.peak = _kilobytes(status, "VmHWM") * 1024
 
+    def clear(self) -> None:
+        """Take off what a round that has failed has left."""
+        for pid in daemons(self.stack.mnt):
+            self.stack.abort()
+            if not wait_gone(pid):
+                os.kill(pid, signal.SIGKILL)
+                wait_gone(pid)
+
     def close_round(self) -> None:
         """Unmount, and look at what is left. Raises Wrong."""
         before = snapshot(self.stack.mnt, times=False)
@@ -260,7 +269,7 @@ def _running(command: Sequence[str], said: Path) -> Iterator[subprocess.Popen[by
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -334,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("soak: it mounts file systems and drops caches: run it as root")
         return 2
     os.umask(0o022)
+    have_own_mounts()
     loads: list[Load] = []
     wrong = ""
     with ExitStack() as stack:
@@ -349,10 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{len(loads)} loads; {load.mode}; {load.memory >> 20} MiB, {load.descriptors} descriptors"
                 )
         except (Wrong, MountRefused, AssertionError) as error:
-            wrong = str(error)
+            wrong = str(error) or repr(error)
+            console.print(wrong, markup=False, highlight=False)
         finally:
-            if site.stack.mounted:
-                site.stack.abort() if wrong else site.stack.umount()
+            site.clear()
     _report(loads, wrong, as_json=options.json)
     return 1 if wrong else 0
 

@@ -141,7 +141,7 @@ class Racer:
         elif kind < 0.7:
             data = outcome(path.read_bytes)
             assert data == "ENOENT" or (isinstance(data, bytes) and len(data) in (0, RECORD)), data
-            assert len(data) != RECORD or len(set(data)) == 1, "records are mixed"  # type: ignore[arg-type]
+            assert len(data) != RECORD or len(set(data)) == 1, "records are mixed"
         else:
             assert outcome(lambda: os.unlink(path)) in (None, "ENOENT")
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
+from tests.support import raw
+
 FsKind = Literal["ext4", "xfs", "btrfs", "tmpfs"]
 FS_KINDS: tuple[FsKind, ...] = get_args(FsKind)
 
@@ -49,6 +51,12 @@ def run(*command: str, timeout: float = 120) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def have_own_mounts() -> None:
+    """Give this process a mount namespace that is only its own: no other may keep alive what is unmounted here."""
+    raw.unshare(raw.CLONE_NEWNS)
+    run("mount", "--make-rprivate", "/")
 
 
 def takes_layers(directory: Path) -> bool:

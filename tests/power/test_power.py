@@ -1,0 +1,74 @@
+"""`make powercut` in short, and that a cut leaves what it should."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.power.cuts import Cut, Replay, Write, choose, read_log
+from tests.support.cli import Said
+from tests.support.disks import FLUSH, RECORD
+from tests.support.mounts import environment
+from tests.support.people import REPOSITORY
+
+SECONDS = 200.0
+
+
+@pytest.mark.fault_seconds(SECONDS)
+def test_a_few_cuts(ground: Path) -> None:
+    words = ["--json", "--dir", str(ground), "--seed", "1", "--minutes", "0", "--cuts", "6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.power", *words, "--modes", "default", "--chapters", "overwrite", "rename"],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, Said(done.returncode, done.stdout, done.stderr[-3000:])
+    found = json.loads(done.stdout)
+    assert found["wrong"] == []
+    tally = found["modes"]["default"]
+    assert (tally["recordings"], tally["cuts"]) == (2, 12)
+    assert tally["flushes"] > 12
+
+
+def test_what_a_cut_leaves(tmp_path: Path) -> None:
+    log, baseline, image = tmp_path / "log", tmp_path / "baseline", tmp_path / "image"
+    entries = [(0, b"a" * 1024), (FLUSH, b""), (1024, b"b" * 1024), (0, b"c" * 512), (FLUSH, b""), (2048, b"d" * 1024)]
+    log.write_bytes(b"".join(RECORD.pack(at, len(data)) + data for at, data in entries))
+    writes = read_log(log)
+    assert [(write.at, write.data) for write in writes] == entries
+    assert writes[-1].end == log.stat().st_size
+
+    def left(*cuts: Cut) -> list[bytes]:
+        baseline.write_bytes(bytes(3072))
+        replay = Replay(baseline, writes, random.Random(3))
+        found = []
+        for cut in cuts:
+            replay.image(cut, image)
+            found.append(bytes(image.read_bytes()[at] for at in range(0, 3072, 512)))
+        return found
+
+    nothing = bytes(6)
+    assert left(Cut(0, "all"), Cut(1, "nothing"), Cut(1, "all")) == [nothing, nothing, b"aa\0\0\0\0"]
+    assert left(Cut(4, "nothing"), Cut(4, "all"), Cut(5, "nothing")) == [b"aa\0\0\0\0", b"cabb\0\0", b"cabb\0\0"]
+    assert left(Cut(6, "nothing"), Cut(6, "all")) == [b"cabb\0\0", b"cabbdd"]
+    some = {left(*[Cut(4, "some")] * number)[-1] for number in range(1, 60)}
+    assert {b"aa\0\0\0\0", b"cabb\0\0", b"ca\0\0\0\0", b"aabb\0\0", b"aab\0\0\0"} <= some
+
+
+def test_cuts_are_at_flushes_and_between(tmp_path: Path) -> None:
+    writes = [Write(0, b"x", 10), Write(FLUSH, b"", 20), Write(0, b"y", 30), Write(0, b"z", 40), Write(FLUSH, b"", 50)]
+    every = choose(writes, 20, None, random.Random(1))
+    assert {cut.after for cut in every} == {2, 3, 4, 5}
+    assert [cut.kept for cut in every if cut.after == 5] == ["nothing"]
+    assert len([cut for cut in every if cut.after == 4]) == 3
+    assert len(choose(writes, 20, 3, random.Random(1))) == 3
