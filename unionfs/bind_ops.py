@@ -79,6 +79,7 @@ class BindingOperations(UnionOperations):
                 timeout=self._timeout,
                 invalidate_changed=self._invalidate_changed,
                 closed=self._following.closed,
+                out_of_memory=self.out_of_memory,
                 read_only=self._union_read_only,
             )
 

@@ -11,7 +11,8 @@ need. Where the native layer is in force, it hands the frequent requests as they
 - None: nothing was done, and pyfuse3 shall handle the request. So goes what would have to wait (for a copy of data or
   a slow layer), and what isn't the union's.
 
-An OSError is its errno; any other exception is logged and EIO. Nothing here waits, so each method is atomic.
+An OSError is its errno, no memory ENOMEM; any other exception is logged and EIO. Nothing here waits, so each method is
+atomic.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Direct:
         invalidate_changed: Callable[[], None],
         closed: Callable[[Node], None],
         covered: Mapping[tuple[int, bytes], object],
+        out_of_memory: Callable[[], None],
     ) -> None:
         """Share with the operations what both work on.
 
@@ -84,6 +86,7 @@ class Direct:
             invalidate_changed: tells the kernel of attributes that copy-up changed.
             closed: is told of files of which a handle was closed.
             covered: (id of a directory, name) where something else than the union's is.
+            out_of_memory: is told when there is no memory.
         """
         self._union = union
         self._tree = union.tree
@@ -97,6 +100,7 @@ class Direct:
         self._getxattr = union.getxattr_of_unchanging if timeout >= _LASTING else union.getxattr
         self._invalidate_changed = invalidate_changed
         self._closed = closed
+        self._out_of_memory = out_of_memory
         self._covered = covered
         self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
         self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
@@ -107,7 +111,7 @@ class Direct:
             del handlers[_GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
         if union.door.is_slow:
             handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
-        native.answer_directly(handlers, _failed)
+        native.answer_directly(handlers, self._failed)
 
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
         """Return the handlers by opcode."""
@@ -135,6 +139,12 @@ class Direct:
         }
 
     # -- helpers --
+
+    def _failed(self, exc: BaseException) -> None:
+        if isinstance(exc, MemoryError):
+            self._out_of_memory()
+        else:
+            log.error("a request failed", exc_info=exc)
 
     def _directory(self, node_id: int, name: bytes) -> Dir | None:
         """Return the union's directory in which *name* is its own, None where pyfuse3 must see to it."""
@@ -554,7 +564,3 @@ def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> i
     if valid & now:
         return time.time_ns()
     return seconds * 1_000_000_000 + nanoseconds if valid & given else None
-
-
-def _failed(exc: BaseException) -> None:
-    log.error("a request failed", exc_info=exc)

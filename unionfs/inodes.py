@@ -20,6 +20,8 @@ import os
 import stat
 from typing import Final, Protocol
 
+from unionfs.reserve import Reserve
+
 ROOT_ID: Final = 1
 
 # Node.flags
@@ -134,6 +136,7 @@ class InodeTable:
 
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
+        self.reserve = Reserve()
         self._extra = 0
         self._fsids: dict[int, int] = {}
         self._odd: dict[tuple[int, int], int] = {}

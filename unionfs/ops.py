@@ -50,7 +50,7 @@ Handler = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
 
 
 def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
-    """Translate errors at the one place: an OSError is its errno, anything else is logged and EIO."""
+    """Translate errors at the one place: an OSError is its errno, no memory ENOMEM, anything else is logged and EIO."""
 
     @functools.wraps(fn)
     async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -62,6 +62,9 @@ def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
             raise FUSEError(exc.errno or errno.EIO) from None
         except FUSEError:
             raise
+        except MemoryError:
+            self.out_of_memory()
+            raise FUSEError(errno.ENOMEM) from None
         except Exception:
             log.exception("%s failed", fn.__name__)
             raise FUSEError(errno.EIO) from None
@@ -142,6 +145,7 @@ class UnionOperations(pyfuse3.Operations):
                 invalidate_changed=self._invalidate_changed,
                 closed=self._following.closed,
                 covered=covered,
+                out_of_memory=self.out_of_memory,
             )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -178,6 +182,11 @@ class UnionOperations(pyfuse3.Operations):
         }
 
     # -- helpers --
+
+    def out_of_memory(self) -> None:
+        """Have what is needed from now on from what was kept back for that."""
+        if self._inodes.reserve.spend():
+            log.error("out of memory: nothing but what is in use can be had until the kernel has forgotten some inodes")
 
     def _named(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """Build the reply for a name that was looked up or listed; the caller counts the lookup."""

@@ -142,7 +142,10 @@ class Tree:
         return node
 
     def attach(self, parent: Dir, name: bytes, found: Found) -> Node:
-        """Return the node of what was found: a living one under one more name, or a new one (``ovl_get_inode``)."""
+        """Return the node of what was found: a living one under one more name, or a new one (``ovl_get_inode``).
+
+        Raises OSError: ENOMEM, there is no room for a new one.
+        """
         fmt = stat.S_IFMT(found.st.st_mode)
         upper = found.layer == 0
         broken = not upper and fmt != stat.S_IFDIR and self._will_break(found)
@@ -153,6 +156,7 @@ class Tree:
             if known is not None and known.fmt == fmt:
                 self.named(known, parent, name)
                 return known
+        self.inodes.reserve.check()
         node = self.inodes.add(ino, fmt, parent, name)
         node.layer, node.rino = found.layer, found.st.st_ino
         node.flags = (
@@ -191,6 +195,7 @@ class Tree:
         if known is not None and known.fmt == stat.S_IFREG:  # the directory has two places in the union
             self.named(known, parent, name)
             return known, st if known.job is None else self.stat(known)
+        self.inodes.reserve.check()
         node = self.inodes.add(ino, stat.S_IFREG, parent, name)
         node.layer, node.rino, node.flags = layer, st.st_ino, PLAIN
         return node, st

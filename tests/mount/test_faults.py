@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.support.snapshot import assert_same, snapshot
 
 LIMIT = 256
 MANY = 20_000
+FEW = 8_000
 BIG = os.urandom(2 << 20)
 
 
@@ -160,6 +163,43 @@ def test_no_descriptor_left(ours: Stack, spare: int) -> None:
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def limit_memory(pid: int, limit: str) -> None:
+    """Set how much address space a process may have."""
+    run("prlimit", "--pid", str(pid), f"--as={limit}")
+
+
+@pytest.mark.expected_log("out of memory")
+def test_no_memory_left(ours: Stack) -> None:
+    """What is not known yet can't be had then; what is in use goes on, and all comes back with the memory."""
+    for number in range(FEW):
+        directory = ours.lower / f"d{number % 20}"
+        if number < 20:
+            directory.mkdir()
+        (directory / f"f{number}").touch()
+    (ours.lower / "known").write_bytes(b"known")
+    root = ours.mount()
+    daemon = ours.daemon()
+    with open(root / "known", "ab", buffering=0) as stream:
+        size = re.search(r"VmSize:\s+(\d+) kB", Path(f"/proc/{daemon}/status").read_text())
+        assert size
+        limit_memory(daemon, f"{(int(size[1]) << 10) + (2 << 20)}:")
+        paths = [root / f"d{number % 20}/f{number}" for number in range(FEW)]
+        found = {outcome(path.stat) for path in paths}
+        assert found == {0, errno.ENOMEM}
+        assert stream.write(b" to all") == 7
+        assert (root / "known").read_bytes() == b"known to all"
+        assert outcome(lambda: (root / "new").write_bytes(b"new")) in (0, errno.ENOMEM)
+        limit_memory(daemon, "unlimited:")
+        time.sleep(0.2)
+        assert {outcome(path.stat) for path in paths} == {0}
+        (root / "new").write_bytes(b"new")
+        assert sum(len(os.listdir(root / f"d{number}")) for number in range(20)) == FEW
+    assert ours.log.read_text().count("out of memory") == 1
+    view = snapshot(root)
+    ours.remount()
+    assert_same(view, snapshot(root))
 
 
 def test_upper_read_only_for_a_while(ours: Stack, ground: Path) -> None:

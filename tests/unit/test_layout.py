@@ -25,6 +25,7 @@ ORDER = [
         "volumespec",
         "sysio",
         "acl",
+        "reserve",
         "inodes",
         "markers",
         "slow",

@@ -65,6 +65,8 @@ static int errno_of_exception(void)
 			error = (int)PyLong_AsLong(number);
 		Py_XDECREF(number);
 	} else if (direct_failed) {
+		if (PyErr_GivenExceptionMatches(value, PyExc_MemoryError))
+			error = ENOMEM;
 		Py_XDECREF(PyObject_CallOneArg(direct_failed, value));
 	}
 	PyErr_Clear();
