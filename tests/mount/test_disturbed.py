@@ -207,14 +207,14 @@ def test_a_storm_of_signals_at_the_daemon(ours: Stack, options: str) -> None:
     daemon = ours.daemon()
     storm = [signal.SIGUSR1, signal.SIGWINCH, signal.SIGCHLD, signal.SIGPIPE, signal.SIGCONT, signal.SIGURG]
     sent: Counter[int] = Counter()
-    with at_work(root, 3, 2.5):
-        end = time.monotonic() + 2
+    with at_work(root, 3, 2):
+        end = time.monotonic() + 1.5
         while time.monotonic() < end:
             for number in storm:
                 os.kill(daemon, number)
                 sent[number] += 1
             time.sleep(0.001)
-    assert min(sent.values()) > 300
+    assert min(sent.values()) > 100
     assert none_waits(root, ours.base)
     assert ours.log.read_text().count("dump on SIGUSR1") > 10
 
@@ -228,7 +228,7 @@ def tick(*_):
     count += 1
 signal.signal(signal.SIGALRM, tick)
 signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
-end = time.monotonic() + 2.5
+end = time.monotonic() + 1.5
 turn = 0
 while time.monotonic() < end:
     path = f"{root}/s{turn}"
@@ -245,7 +245,7 @@ while time.monotonic() < end:
     os.unlink(path + "-moved")
     turn += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
-assert count > 300, count
+assert count > 100, count
 print(turn)
 """
 
@@ -331,7 +331,7 @@ def drop_caches() -> None:
 
 
 @pytest.mark.expected_log(r"upper can't be synced \(Input/output error\)")
-@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off"])
+@pytest.mark.parametrize("options", ["", "native=off"])
 def test_an_upper_that_can_not_be_read_for_a_while(ours: Stack, ground: Path, options: str) -> None:
     (ours.lower / "low").write_bytes(b"low")
     with on_disk(ground, *EXT4) as (below, mounted):
@@ -352,7 +352,7 @@ def test_an_upper_that_can_not_be_read_for_a_while(ours: Stack, ground: Path, op
 
 
 @pytest.mark.expected_log(r"upper can't be synced \(Input/output error\)")
-@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off"])
+@pytest.mark.parametrize("options", ["", "native=off"])
 def test_an_upper_that_can_not_be_written_for_a_while(ours: Stack, ground: Path, options: str) -> None:
     """What the disk has lost fsync tells, once to each who has the file open; a copy-up that can't last isn't shown."""
     for name in ("whole", "meta", "small"):

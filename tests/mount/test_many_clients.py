@@ -22,7 +22,7 @@ from tests.support.layers import Tree, build
 from tests.support.mounts import Stack, environment
 from tests.support.snapshot import assert_same, snapshot
 
-SECONDS = 2.0
+SECONDS = 1.5
 CLIENTS = 50
 MIB = 1 << 20
 TREE: Tree = {
@@ -48,7 +48,7 @@ def run_clients(what: str, count: int, seconds: float, *roots: Path, seed: int =
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off", "metacopy=off"])
+@pytest.mark.parametrize("options", ["", "native=off", "metacopy=off"])
 def test_subtrees_of_their_own(
     ours: Stack, ground: Path, check_by_overlay: Callable[[Stack], Path], options: str
 ) -> None:
@@ -58,7 +58,7 @@ def test_subtrees_of_their_own(
         build(ours.lower / f"home{number}", TREE)
     shutil.copytree(ours.lower, plain)
     root = ours.mount(options)
-    assert run_clients("subtrees", 4, SECONDS, root, plain, seed=hash(options) % 1000) > 100
+    assert run_clients("subtrees", 4, SECONDS, root, plain, seed=hash(options) % 1000) > 60
     wanted = contents(plain)
     assert contents(root) == wanted
     view = snapshot(root)
@@ -89,7 +89,7 @@ def test_a_storm_of_renames(ours: Stack, check_by_overlay: Callable[[Stack], Pat
             build(ours.lower / f"dir{directory}", {f"f{number}": token + b"f", f"d{number}": {"token": token + b"d"}})
             tokens |= {token + b"f", token + b"d"}
     root = ours.mount(options)
-    assert run_clients("storm", 6, SECONDS, root) > 100
+    assert run_clients("storm", 6, SECONDS, root) > 60
 
     def found(below: Path) -> list[bytes]:
         return sorted(path.read_bytes() for path in below.rglob("*") if path.is_file())
@@ -102,13 +102,13 @@ def test_a_storm_of_renames(ours: Stack, check_by_overlay: Callable[[Stack], Pat
     assert found(check_by_overlay(ours)) == sorted(tokens)
 
 
-@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off"])
+@pytest.mark.parametrize("options", ["", "native=off"])
 def test_open_unlink_recreate(ours: Stack, options: str) -> None:
     """Who has created a file has that one, whatever becomes of its name."""
     for number in range(3):
         (ours.lower / f"raced{number}").write_bytes(b"\x01" * RECORD)
     root = ours.mount(options)
-    assert run_clients("races", 6, SECONDS, root) > 200
+    assert run_clients("races", 6, SECONDS, root) > 60
     view = snapshot(root)
     ours.remount()
     assert_same(view, snapshot(root))
@@ -123,8 +123,7 @@ def arrivals(watch: int, name: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("mebibytes", [8, 40])
-@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off"])
+@pytest.mark.parametrize(("options", "mebibytes"), [("", 8), ("", 40), ("passthrough=off", 40), ("native=off", 8)])
 def test_one_copy_up_for_all_who_want_it(ours: Stack, options: str, mebibytes: int) -> None:
     data = random.Random(mebibytes).randbytes(mebibytes * MIB)
     (ours.lower / "shared").write_bytes(data)
@@ -150,9 +149,9 @@ def test_unmounted_during_a_copy_up(ours: Stack, check_by_overlay: Callable[[Sta
     data = random.Random(3).randbytes(30 * MIB)
     chance = random.Random(9)
     changed = 0
-    for turn in range(5):
+    for turn in range(4):
         (ours.lower / f"f{turn}").write_bytes(data)
-    for turn in range(5):
+    for turn in range(4):
         root = ours.mount(options)
         outcomes: list[int] = []
 
@@ -183,4 +182,4 @@ def test_unmounted_during_a_copy_up(ours: Stack, check_by_overlay: Callable[[Sta
             assert not whole.exists()
     assert changed
     merged = check_by_overlay(ours)
-    assert all((merged / f"f{turn}").read_bytes() in (data, data + b"tail") for turn in range(5))
+    assert all((merged / f"f{turn}").read_bytes() in (data, data + b"tail") for turn in range(4))
