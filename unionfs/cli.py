@@ -17,7 +17,7 @@ import click
 import unionfs
 from unionfs import clihelp
 from unionfs.clihelp import CONTEXT, Argument, Group, directories, exit_status
-from unionfs.errors import UnionError, UsageError
+from unionfs.errors import UnionError, UsageError, one_line
 
 if TYPE_CHECKING:
     from unionfs.control import Entry
@@ -127,7 +127,7 @@ def umount(store: str | None, mountpoints: Sequence[str], lazy: bool, forget: bo
     for word in mountpoints:
         said = unmount(word, lazy=lazy, forget=forget, anonymous=volumes, store=store)
         if said:
-            print(f"unionfs: {said}", file=sys.stderr)
+            print(f"unionfs: {one_line(said)}", file=sys.stderr)
 
 
 @root.command()
@@ -181,12 +181,13 @@ def list_mounts(as_json: bool) -> None:
     for entry in entries:
         record = entry.record
         if record is None:
-            row = [entry.mountpoint, "-", entry.state.value, *"----"]
+            row = [one_line(entry.mountpoint), "-", entry.state.value, *"----"]
         else:
-            lowers = "\n".join([*record.lowers, *(f"::{path}" for path in record.data_lowers)])
-            volumes = "\n".join(str(volume["Destination"]) for volume in record.volumes)
+            lowers = "\n".join(map(one_line, [*record.lowers, *(f"::{path}" for path in record.data_lowers)]))
+            volumes = "\n".join(one_line(str(volume["Destination"])) for volume in record.volumes)
             row = [entry.mountpoint, record.name or "-", entry.state.value, str(record.pid)]
-            row += [record.upper or "(read-only)", lowers, volumes or "-"]
+            row += [record.upper or "(read-only)"]
+            row = [*map(one_line, row), lowers, volumes or "-"]
         table.add_row(*map(_printable, row))
     _console().print(table)
 

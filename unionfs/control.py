@@ -4,6 +4,11 @@ The daemon writes its `Record` once its mount answers and removes it as its last
 directory that only their owner may enter: /run/unionfs for root, $XDG_RUNTIME_DIR/unionfs for others. A
 daemon that was killed leaves its record, so nothing in one is believed without a look at the process (pid
 and start time) and at the kernel's mount list; what turns out stale is removed by whoever notices.
+
+Root reads the records of other users too, and these may write there what they like, and exchange their directory for
+something else at any moment. So a directory is opened once, without following a link, and all in it goes by its
+descriptor; a record must be a small plain file of that user that says what records say; and it counts only for mounts
+that the kernel knows as this user's, and for a process of his.
 """
 
 from __future__ import annotations
@@ -17,15 +22,20 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from unionfs.mountinfo import FUSE_TYPE, Mount, read_mounts
 
 # How long a mount may take to answer a statfs before it counts as stuck, in seconds.
 PROBE_SECONDS = 3.0
+
+# More than any record takes.
+_MOST_BYTES: Final = 1 << 20
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class State(Enum):
@@ -130,12 +140,8 @@ def _directories(uid: int) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-def _is_safe(path: str, uid: int) -> bool:
-    """Whether `path` is a directory that only `uid` may write to; nothing else is read or written."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
+def _is_safe(status: os.stat_result, uid: int) -> bool:
+    """Whether that is a directory that only `uid` may write to; nothing else is read or written."""
     return stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022
 
 
@@ -145,20 +151,46 @@ def state_directory() -> str | None:
     for path in _directories(uid):
         with contextlib.suppress(OSError):
             os.mkdir(path, 0o700)
-        if _is_safe(path, uid) and os.access(path, os.W_OK | os.X_OK):
-            return path
+        with contextlib.suppress(OSError):
+            if _is_safe(os.lstat(path), uid) and os.access(path, os.W_OK | os.X_OK):
+                return path
     return None
 
 
-def _record_files(uids: Iterable[int]) -> Iterator[str]:
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, str]]:
+    """Open the directory of a record's file; the value is its descriptor and the file's name.
+
+    Raises OSError: EPERM where it is not safe.
+    """
+    directory, name = os.path.split(path)
+    fd = os.open(directory, _DIRECTORY)
+    try:
+        status = os.fstat(fd)
+        if not _is_safe(status, status.st_uid):
+            raise PermissionError(errno.EPERM, "others may write there", directory)
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def _record_files(uids: Iterable[int], mounts: Sequence[Mount] = ()) -> Iterator[tuple[int, str]]:
+    """Yield whose record it is and its file, for all records of these users.
+
+    What lies on a FUSE file system, of which `mounts` tell, is some user's program: it is left alone.
+    """
+    fuse = [mount.mountpoint for mount in mounts if mount.fstype.startswith("fuse")]
     for uid in dict.fromkeys(uids):
         for directory in _directories(uid):
-            if not _is_safe(directory, uid):
+            if any(directory == point or directory.startswith(f"{point}/") for point in fuse):
                 continue
             with contextlib.suppress(OSError):
-                for name in sorted(os.listdir(directory)):
-                    if name.endswith(".json"):
-                        yield os.path.join(directory, name)
+                fd = os.open(directory, _DIRECTORY)
+                try:
+                    names = sorted(os.listdir(fd)) if _is_safe(os.fstat(fd), uid) else []
+                finally:
+                    os.close(fd)
+                yield from ((uid, os.path.join(directory, name)) for name in names if name.endswith(".json"))
 
 
 # What the first version's records lack.
@@ -166,15 +198,44 @@ _ADDED_FIELDS: dict[str, Any] = {"name": None, "volumes": [], "store": None}
 
 
 def _load(path: str) -> Record | None:
-    """Read one record; None if it is gone or half-written. What another version doesn't say is left empty."""
+    """Read one record; None if it is gone, half-written or none. What another version doesn't say is left empty."""
     try:
-        with open(path, encoding="ascii") as file:
-            values = json.load(file)
+        values = json.loads(_read(path))
         for name, empty in _ADDED_FIELDS.items():
             values.setdefault(name, empty)
-        return Record(**{field.name: values[field.name] for field in dataclasses.fields(Record)})
-    except (OSError, ValueError, KeyError, TypeError):
+        record = Record(**{field.name: values[field.name] for field in dataclasses.fields(Record)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if _makes_sense(record) else None
+
+
+def _read(path: str) -> bytes:
+    with _opened(path) as (directory, name):
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.fstat(directory).st_uid:
+                raise PermissionError(errno.EPERM, "no file of that user's", path)
+            return file.read(_MOST_BYTES)
+
+
+def _makes_sense(record: Record) -> bool:
+    """Whether all that a record says is of the kind that it should be."""
+    texts = (record.mountpoint, record.dev, record.version, *record.lowers, *record.data_lowers)
+    maybe = (record.name, record.upper, record.work, record.store, record.log)
+    lists = (record.lowers, record.data_lowers, record.volumes)
+    return (
+        all(type(one) is list for one in lists)
+        and all(type(number) is int and 0 <= number < 1 << 63 for number in (record.start, record.pidns))
+        and type(record.pid) is int
+        and 0 < record.pid < 1 << 31
+        and all(type(text) is str for text in texts)
+        and all(text is None or type(text) is str for text in maybe)
+        and type(record.options) is dict
+        and all(type(volume) is dict and type(volume.get("Destination")) is str for volume in record.volumes)
+        and type(record.mounted_at) in (int, float)
+        and 0 <= record.mounted_at < 1e11
+    )
 
 
 def record_path(directory: str) -> str:
@@ -194,11 +255,14 @@ def write(record: Record) -> str | None:
 
 
 def _store(path: str, record: Record) -> None:
-    draft = path + ".new"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        json.dump(dataclasses.asdict(record), file, indent=1)
-    os.rename(draft, path)
+    with _opened(path) as (directory, name):
+        draft = name + ".new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft, dir_fd=directory)
+        how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(draft, how, 0o600, dir_fd=directory), "w", encoding="ascii") as file:
+            json.dump(dataclasses.asdict(record), file, indent=1)
+        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def note_mounts(entry: Entry, numbers: dict[int, int]) -> None:
@@ -215,16 +279,21 @@ def note_mounts(entry: Entry, numbers: dict[int, int]) -> None:
 def remove(path: str | None) -> None:
     """Remove a record and the log beside it; missing ones are no error."""
     if path is not None:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        remove_log(log_path(path))
+        log = log_path(path)
+        _remove(path, log, log + ".1")
 
 
 def remove_log(path: str) -> None:
     """Remove a log that lies beside a record, and its older part."""
-    for name in (path, path + ".1"):
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+    _remove(path, path + ".1")
+
+
+def _remove(*paths: str) -> None:
+    """Remove files of one state directory, as far as they are there."""
+    with contextlib.suppress(OSError), _opened(paths[0]) as (directory, _):
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.basename(path), dir_fd=directory)
 
 
 def log_path(record_path: str) -> str:
@@ -263,16 +332,17 @@ def entries() -> list[Entry]:
     """Return every union that this user may know of, sorted by mount point; stale records are removed."""
     by_dev: dict[str, list[Mount]] = {}
     owners = [os.geteuid()]
-    for mount in read_mounts():
+    mounts = read_mounts()
+    for mount in mounts:
         if mount.fstype == FUSE_TYPE:
             by_dev.setdefault(mount.dev, []).append(mount)
             if os.geteuid() == 0 and mount.user_id is not None:
                 owners.append(mount.user_id)
     found: list[Entry] = []
     # Device numbers are reused: the claim of a living daemon to one goes first, then that of the latest dead one.
-    records = [(path, _load(path)) for path in _record_files(owners)]
-    for path, record in sorted(records, key=lambda item: _claim(item[1])):
-        entry = _entry(path, record, by_dev)
+    records = [(uid, path, _load(path)) for uid, path in _record_files(owners, mounts)]
+    for uid, path, record in sorted(records, key=lambda item: _claim(item[2], item[0])):
+        entry = _entry(uid, path, record, by_dev)
         if entry is None:
             _forget_stale(path)
         else:
@@ -281,16 +351,31 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.mountpoint)
 
 
-def _claim(record: Record | None) -> tuple[bool, float]:
-    return (record is None or not record.alive(), -record.mounted_at if record else 0.0)
+def _claim(record: Record | None, uid: int) -> tuple[bool, float]:
+    return (record is None or not _runs(record, uid), -record.mounted_at if record else 0.0)
 
 
-def _entry(path: str, record: Record | None, by_dev: dict[str, list[Mount]]) -> Entry | None:
-    """Match a record with its mount, which is taken out of `by_dev`; None if the record is stale."""
+def _runs(record: Record, uid: int) -> bool:
+    """Whether the daemon still runs, as a process of the user whose record it is."""
+    if uid != os.geteuid():
+        try:
+            if os.stat(f"/proc/{record.pid}").st_uid != uid:
+                return False
+        except OSError:
+            return False
+    return record.alive()
+
+
+def _entry(uid: int, path: str, record: Record | None, by_dev: dict[str, list[Mount]]) -> Entry | None:
+    """Match a user's record with his mount, which is taken out of `by_dev`; None if the record is stale."""
     if record is None:
         return None
-    mounts = by_dev.pop(record.dev, [])
-    dead = record.is_ours_to_judge() and not record.alive()
+    mounts = by_dev.get(record.dev, [])
+    if mounts and mounts[0].user_id not in (None, uid):
+        mounts = []
+    elif mounts:
+        del by_dev[record.dev]
+    dead = record.is_ours_to_judge() and not _runs(record, uid)
     if not mounts:
         return None if dead else Entry(State.ELSEWHERE, record.mountpoint, record, None, path)
     mount = next((mount for mount in mounts if mount.mountpoint == record.mountpoint), mounts[0])
@@ -306,7 +391,9 @@ def _unrecorded(mount: Mount) -> Entry:
 def _forget_stale(path: str) -> None:
     """Remove a record that describes nothing any more, unless it is still being written."""
     with contextlib.suppress(OSError):
-        if time.time() - os.stat(path).st_mtime > 1 or _load(path) is not None:
+        with _opened(path) as (directory, name):
+            written = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime
+        if time.time() - written > 1 or _load(path) is not None:
             remove(path)
 
 
@@ -317,5 +404,5 @@ def live_records() -> list[Record]:
 
 def all_records() -> list[Record]:
     """Return every record of this user, stale ones too."""
-    records = [_load(path) for path in _record_files([os.geteuid()])]
+    records = [_load(path) for _, path in _record_files([os.geteuid()])]
     return [record for record in records if record is not None]

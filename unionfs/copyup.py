@@ -32,7 +32,7 @@ from typing import Final
 
 from unionfs import sysio
 from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
-from unionfs.markers import encode_nlink, encode_protattr, get_xattr, list_xattrs
+from unionfs.markers import encode_nlink, encode_protattr, get_xattr, is_fd_path, list_xattrs
 from unionfs.slow import SlowFd, WouldBlock
 from unionfs.tree import STRIP_OPEN, Tree
 from unionfs.workdir import WorkDir, set_impure
@@ -235,8 +235,9 @@ def _now() -> int:
 
 def _inode_flags(path: bytes) -> int:
     """Return the flags of a file or directory; 0 where it can't be opened, or has none. May run in a thread."""
+    follow = 0 if is_fd_path(path) else os.O_NOFOLLOW
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | follow)
     except OSError:
         return 0
     try:

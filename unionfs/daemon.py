@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 import unionfs
@@ -65,6 +66,7 @@ STACKED = frozenset(("overlay", "ecryptfs", FUSE_TYPE))
 OLD_KERNEL = "UNIONFS_OLD_KERNEL"
 
 LOG_BYTES = 1 << 20
+LOG_MODE = 0o644
 SYSTEM_LOG = "/dev/log"
 
 Ready = Callable[[], None]
@@ -487,9 +489,25 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _file_handler(path: str) -> logging.Handler:
     """Return a handler for a file of the user's; it follows when the file is renamed, as logrotate does."""
     try:
-        return logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
+        return _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"can't write the log file {path}: {error.strerror}") from None
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """Makes a new file, also when the umask is the daemon's, one that only its owner may write to."""
+
+    def _open(self) -> TextIOWrapper:
+        return TextIOWrapper(
+            open(self.baseFilename, "ab", opener=_for_log),
+            encoding=self.encoding,
+            errors=self.errors,
+            write_through=True,
+        )
+
+
+def _for_log(path: str, flags: int) -> int:
+    return os.open(path, flags, LOG_MODE)
 
 
 def _default_log() -> str | None:

@@ -61,6 +61,15 @@ class DirFds:
         return fds[0]
 
     def _open(self, node: Dir) -> tuple[int, ...]:
+        """Open a directory, and before it those above that are closed; there may be thousands."""
+        chain = [node]
+        while (parent := chain[-1].parent) is not None and parent.fds is None:
+            chain.append(parent)
+        for above in chain[:0:-1]:
+            self._open_one(above)
+        return self._open_one(node)
+
+    def _open_one(self, node: Dir) -> tuple[int, ...]:
         parent = node.parent
         if parent is None:
             return self.set(node, tuple(self._door.dup(self._layers.layer(index).fd) for index in node.stack))

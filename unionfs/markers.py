@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 import sys
@@ -34,6 +35,7 @@ from unionfs.sysio import FS_APPEND, FS_IMMUTABLE
 WH_PREFIX: Final = b".wh."
 WH_OPAQUE: Final = b".wh..wh..opq"
 REDIRECT_MAX: Final = 256
+METACOPY_LEAST: Final = 4  # bytes of struct ovl_metacopy, if there are any
 XATTR_ABSENT: Final = frozenset((errno.ENODATA, errno.EOPNOTSUPP))
 
 _FB_MAGIC: Final = 0xFB
@@ -41,6 +43,9 @@ _FB_BIG_ENDIAN: Final = 0x01
 _FB_ANY_ENDIAN: Final = 0x02
 _FB_PATH_UPPER: Final = 0x04
 _FB_HEAD: Final = struct.Struct("BBBBB16s")
+# What ovl_get_nlink takes: at most 12 bytes, and an int.
+_NLINK_DIFFERENCE: Final = re.compile(rb"[+-][0-9]{1,10}")
+_NLINK_MOST: Final = (1 << 31) - 1
 _PROTECTIONS: Final = {ord("a"): FS_APPEND, ord("i"): FS_IMMUTABLE}
 _CPU_ENDIAN: Final = 0 if sys.byteorder == "little" else _FB_BIG_ENDIAN
 
@@ -98,11 +103,10 @@ def encode_nlink(base: str, difference: int) -> bytes:
 def decode_nlink(value: bytes, upper_nlink: int, lower_nlink: int) -> int | None:
     """Return the link count of the union, or None for a malformed value (``ovl_get_nlink``)."""
     base = {b"U": upper_nlink, b"L": lower_nlink}.get(value[:1])
-    try:
-        total = (base if base is not None else 0) + int(value[1:])
-    except ValueError:
+    if base is None or not _NLINK_DIFFERENCE.fullmatch(value, 1):
         return None
-    return total if base is not None and total > 0 else None
+    total = base + int(value[1:])
+    return total if 0 < total <= _NLINK_MOST else None
 
 
 def encode_protattr(flags: int) -> bytes:

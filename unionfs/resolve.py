@@ -26,6 +26,7 @@ from unionfs.dirfds import DirFds
 from unionfs.inodes import Dir, InodeTable
 from unionfs.layers import Layer, LayerStack
 from unionfs.markers import (
+    METACOPY_LEAST,
     WH_OPAQUE,
     WH_PREFIX,
     Format,
@@ -39,6 +40,9 @@ from unionfs.markers import (
 
 # Only these errors mean "not there" in one layer.
 _ABSENT: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG))
+
+# The longest redirect that an attribute can hold; the redirects of many directories must not add up to more.
+_MOST_REDIRECT: Final = 1 << 16
 
 
 class Found:
@@ -231,6 +235,8 @@ class Resolver:
             else:
                 prefix = walk.name[: len(walk.name) - len(rest) - 1 - len(part)]
                 walk.name = prefix + redirect + b"/" + rest
+            if len(walk.name) > _MOST_REDIRECT:
+                raise OSError(errno.ENAMETOOLONG, "redirects lead too far", part)
         return self._door.open(part, sysio.O_PATH_DIR, dir_fd=here)
 
     def _visit(
@@ -305,12 +311,19 @@ class Resolver:
             if not metacopy:
                 found.data = (layer.index, place if place is not None else self._sibling(walk))
         if metacopy:
+            self._check_metacopy(path)
             if not self._metacopy and not self._layers.data:
                 raise OSError(errno.EPERM, "metacopy=off: the data may not be followed")
             walk.metacopy = True
             walk.stop = False
             found.stack[-1:] = [layer.index]
             self._redirect(walk, path, prefix, xattrs)
+
+    def _check_metacopy(self, path: bytes) -> None:
+        """Refuse a mark that is neither empty nor long enough for a digest's head (``ovl_check_metacopy_xattr``)."""
+        value = self._door.get_xattr(path, self._fmt.metacopy)
+        if value is not None and 0 < len(value) < METACOPY_LEAST:
+            raise OSError(errno.EIO, "metacopy mark of a size that has no meaning")
 
     @staticmethod
     def _sibling(walk: _Walk) -> bytes | None:
@@ -381,10 +394,9 @@ class Resolver:
         return value if value is not None and len(value) == 1 else None
 
     def _has_wh_opaque(self, dirfd: int, name: bytes) -> bool:
-        if len(name) + len(WH_OPAQUE) + 1 > 4000:
-            return False
+        mark = name + b"/" + WH_OPAQUE
         try:
-            self._stat(name + b"/" + WH_OPAQUE, dir_fd=dirfd, follow_symlinks=False)
+            self._door.ask(dirfd, ("beneath", mark), functools.partial(_stat_beneath, mark))
         except OSError:
             return False
         return True

@@ -196,13 +196,19 @@ def clone_mount(path: bytes) -> int:
 
 _SYS_MOUNT_SETATTR: Final = 442
 _MOUNT_ATTR_RDONLY: Final = 0x01
+_MOUNT_ATTR_NODEV: Final = 0x04
 _MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
 
 
 def make_mount_readonly(fd: int) -> bool:
-    """Make a private mount from :func:`clone_mount` read-only and noatime, as overlayfs does with its lowers."""
-    attr = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
+    """Make a private mount from :func:`clone_mount` read-only and noatime, as overlayfs does with its lowers.
+
+    And nodev: the kernel opens the device files that the union shows by itself. One that somebody puts in the place of
+    a regular file while it is looked up can't be opened, which may have effects of its own, by us.
+    """
+    wanted = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOATIME
+    attr = struct.pack("QQQQ", wanted, _MOUNT_ATTR__ATIME, 0, 0)
     return bool(_syscall(_SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))) == 0)
 
 

@@ -359,14 +359,20 @@ class Tree:
         )
 
     def _without_atime(self, opener: Callable[[int], int], layer: int) -> int:
-        """Reading must not change a lower layer; where the mount isn't noatime, ask for each file (owner only)."""
+        """Reading must not change a lower layer; where the mount isn't noatime, ask for each file (owner only).
+
+        Nor may it wait, but for a lease (fcntl(2)): somebody may have put a fifo in the place of a regular file.
+        """
         real = self.layers.by_index[layer]
-        extra = real.read_noatime if real is not None else 0
-        if extra:
+        noatime = real.read_noatime if real is not None else 0
+        for extra in (noatime | os.O_NONBLOCK, os.O_NONBLOCK):
             try:
                 return opener(extra)
             except PermissionError:
-                pass
+                if not extra & os.O_NOATIME:
+                    raise
+            except BlockingIOError:
+                break
         return opener(0)
 
     def open_data_place(self, node: Node, flags: int) -> int:

@@ -23,6 +23,7 @@ from unionfs.markers import Format, is_whiteout_device
 
 WhiteoutForm = Literal["char", "xattr", "wh"]
 # Never removed by a mount: whoever knows that upper is complete, or doesn't care, deletes `incompat` by hand.
+_LISTED: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _VOLATILE: Final = (b"incompat", b"incompat/volatile", b"incompat/volatile/dirty")
 
 
@@ -71,9 +72,9 @@ class WorkDir:
     def _incompat(self) -> list[str]:
         """List the features that forbid this mount (``work/incompat/*``)."""
         try:
-            fd = os.open(_VOLATILE[0], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
-        except FileNotFoundError:
-            return []
+            fd = os.open(_VOLATILE[0], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # what is no directory says nothing, and is removed
         try:
             return os.listdir(fd)
         finally:
@@ -144,6 +145,9 @@ class WorkDir:
             try:
                 os.unlink(name, dir_fd=self.fd)
             except IsADirectoryError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=self.fd)
+                    return
                 below = os.open(name, sysio.O_PATH_DIR, dir_fd=self.fd)
                 try:
                     remove_tree(below)
@@ -210,18 +214,47 @@ def _subdir(root_fd: int, name: bytes) -> int:
 
 
 def remove_tree(fd: int) -> None:
-    """Remove everything below a directory, never leaving its file system nor following a link."""
-    here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    """Remove everything below a directory, never leaving its file system nor following a link.
+
+    Nobody else may use the directory meanwhile. Directories are moved up to it before they are emptied, so the depth
+    doesn't matter; a mount point can be neither moved nor removed (EBUSY).
+    """
+    here = os.open(b".", _LISTED, dir_fd=fd)
     try:
-        for name, _, _ in sysio.getdents(here):
-            try:
-                os.unlink(name, dir_fd=here)
-            except IsADirectoryError:
-                below = os.open(name, sysio.O_PATH_DIR, dir_fd=here)
+        while directories := _remove_files(here):
+            for name in directories:
                 try:
-                    remove_tree(below)
-                finally:
-                    os.close(below)
-                os.rmdir(name, dir_fd=here)
+                    os.rmdir(name, dir_fd=here)
+                except OSError as exc:
+                    if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    _empty(here, name)
+                    os.rmdir(name, dir_fd=here)
     finally:
         os.close(here)
+
+
+def _remove_files(fd: int) -> list[bytes]:
+    """Remove all that is no directory; return the names of the rest."""
+    directories = []
+    for name, _, _ in sysio.getdents(fd):
+        try:
+            os.unlink(name, dir_fd=fd)
+        except IsADirectoryError:
+            directories.append(name)
+    return directories
+
+
+def _empty(here: int, name: bytes) -> None:
+    """Empty a directory, by moving its directories up."""
+    if os.geteuid() != 0:  # its mode may forbid that to its owner
+        sysio.chmod_at(here, name, 0o700)
+    below = os.open(name, _LISTED | os.O_NOFOLLOW, dir_fd=here)
+    try:
+        token = os.urandom(8).hex().encode()
+        for number, inner in enumerate(_remove_files(below)):
+            if os.geteuid() != 0:
+                sysio.chmod_at(below, inner, 0o700)
+            os.rename(inner, b"#%b-%d" % (token, number), src_dir_fd=below, dst_dir_fd=here)
+    finally:
+        os.close(below)
