@@ -221,12 +221,13 @@ def _read(path: str) -> bytes:
 
 def _makes_sense(record: Record) -> bool:
     """Whether all that a record says is of the kind that it should be."""
+    lists = (record.lowers, record.data_lowers, record.volumes)
+    if not all(type(one) is list for one in lists):
+        return False
     texts = (record.mountpoint, record.dev, record.version, *record.lowers, *record.data_lowers)
     maybe = (record.name, record.upper, record.work, record.store, record.log)
-    lists = (record.lowers, record.data_lowers, record.volumes)
     return (
-        all(type(one) is list for one in lists)
-        and all(type(number) is int and 0 <= number < 1 << 63 for number in (record.start, record.pidns))
+        all(type(number) is int and 0 <= number < 1 << 63 for number in (record.start, record.pidns))
         and type(record.pid) is int
         and 0 < record.pid < 1 << 31
         and all(type(text) is str for text in texts)

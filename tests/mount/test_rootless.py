@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +132,32 @@ def test_others_have_no_way_into_a_users_mount(ground: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[:5] == ["lower", "lower", "more", "lower", "more"]
+
+
+def test_suid_files_and_devices_of_a_layer_are_worth_nothing(ground: Path) -> None:
+    """They show as they are, but a user's mount gives nobody another identity, and opens no device."""
+    lower = ground / "lower"
+    lower.mkdir()
+    shutil.copy("/usr/bin/id", lower / "id")
+    os.chmod(lower / "id", 0o6755)
+    os.mknod(lower / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    os.chmod(lower / "zero", 0o666)
+    commands = f"""
+        {sys.executable} -m unionfs mount --log-file log lower upper mnt
+        stat -c '%a %U %F' mnt/id mnt/zero
+        mnt/id -u
+        head -c 1 mnt/zero > /dev/null 2>&1 && echo opened || echo refused
+        umount mnt 2>/dev/null || {sys.executable} -m unionfs umount mnt
+    """
+    script = f"""# by fusermount3
+        cd '{REPOSITORY}' && cd '{ground}'
+        mkdir upper mnt
+        {commands}
+        rm -rf upper; mkdir upper
+        unshare -Ur --mount --propagation private sh -eu -c '{commands.replace("'", '"')}'
+    """
+    done = as_ordinary_user(script, ground)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outside, inside = done.stdout.splitlines()[:4], done.stdout.splitlines()[4:]
+    assert outside == ["6755 root regular file", "666 root character special file", str(ALICE), "refused"]
+    assert inside == ["6755 nobody regular file", "666 nobody character special file", "0", "refused"]
