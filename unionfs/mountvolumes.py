@@ -302,6 +302,10 @@ class MountedVolumes:
             content = sysio.open_in_root(root_fd, os.fsencode(bind.spec.target), os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise LayerError(
+                f"volume {volume.name} can't be filled from {bind.spec.target}: {error.strerror}"
+            ) from None
         try:
             stage = self._store.begin_fill(volume)
             if stage is not None:  # else another mount was faster

@@ -552,3 +552,13 @@ def test_an_index_that_lies(make_site: SiteMaker) -> None:
     for number in range(2, 8):
         assert found[f"f{number}"][3] == b"lower"
         assert 0 < found[f"f{number}"][2] < 1 << 31  # type: ignore[operator]
+
+
+@pytest.mark.expected_log("can't be filled")
+def test_a_malformed_redirect_where_a_volume_shall_be_filled(make_site: SiteMaker) -> None:
+    site = make_site("union")
+    (site.top / "data").mkdir()
+    site.mark(site.top / "data", "redirect", b"../canary")
+    with pytest.raises(MountRefused, match="volume vol can't be filled from /data") as refused:
+        site.stack.mount(extra=["-v", "vol:/data"])
+    assert refused.value.code == 3
