@@ -20,9 +20,9 @@ export LOWER UPPER MERGED WORK OPTIONS PYTHON VENV
 ARGS ?=
 # How many tests run at the same time; 0: one after the other, in make's own process.
 JOBS ?= 2
-# How many operation sequences `make fuzz` runs against kernel overlayfs.
+# How many operation sequences `make fuzz` runs against kernel overlayfs at most.
 SEQUENCES ?= 2000
-# How long `make verify`, `make powercut`, `make crash` and `make soak` run.
+# How long `make verify`, `make powercut`, `make crash`, `make fuzz` and `make soak` run.
 MINUTES ?= 10
 crash: MINUTES = 5
 soak: MINUTES = 20
@@ -35,7 +35,8 @@ help:
 	@echo 'make umount [MERGED=m]                 unmount it'
 	@echo 'make test [ARGS=...] [JOBS=2]          all tests, two at a time (as root)'
 	@echo 'make lint types                        ruff, mypy'
-	@echo 'make fuzz [SEQUENCES=2000]             random operations compared with kernel overlayfs'
+	@echo 'make fuzz [MINUTES=10]                 every parser and the command line with damaged input, races with swapped'
+	@echo '                                       directories, random operations compared with kernel overlayfs (as root)'
 	@echo 'make verify [MINUTES=10]               fio with checksums on all that it reads, in every mode (as root)'
 	@echo 'make crash [MINUTES=5] [ARGS=...]      the daemon killed before each system call that changes something (as root)'
 	@echo 'make powercut [MINUTES=10] [ARGS=...]  the power cut at any moment, on a disk that remembers what was written (as root)'
@@ -61,7 +62,10 @@ types: packages $(VENV)/.installed-test
 	$(BIN)/mypy
 
 fuzz: root packages-test $(VENV)/.installed-test
-	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest tests/differential --timeout 0 $(ARGS)
+	$(BIN)/python -m tests.fuzz --minutes $$(( ($(MINUTES) + 2) / 3 ))
+	UNIONFS_RACE_SECONDS=$$(( $(MINUTES) * 60 / 3 / 8 )) $(BIN)/python -m pytest tests/mount/test_races_outside.py --timeout 0 -rP $(ARGS)
+	UNIONFS_FUZZ_SEQUENCES=$(SEQUENCES) UNIONFS_FUZZ_SECONDS=$$(( $(MINUTES) * 60 / 3 / 2 )) \
+		$(BIN)/python -m pytest tests/differential --timeout 0 -rP $(ARGS)
 
 verify: root packages-test $(VENV)/.installed-test
 	@$(BIN)/python -m tests.verify --minutes $(MINUTES) $(ARGS)

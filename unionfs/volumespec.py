@@ -130,7 +130,11 @@ def parse_mount_words(text: str) -> VolumeSpec:
     import csv
 
     fields: dict[str, str] = {}
-    for word in next(csv.reader([text]), []):
+    try:
+        words = next(csv.reader([text]), [])
+    except csv.Error as error:
+        raise UsageError(f"--mount {text}: {error}") from None
+    for word in words:
         name, equals, value = word.partition("=")
         name = _LONG_NAMES.get(name.strip().lower(), "")
         if not name:

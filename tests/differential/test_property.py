@@ -2,12 +2,13 @@
 
 Environment: ``UNIONFS_FUZZ_SEQUENCES`` how many sequences a layout gets (the default is a short profile);
 ``UNIONFS_FUZZ_SEED`` where they start; ``UNIONFS_FUZZ_FS`` what the layers lie on: tmpfs, ext4, xfs or btrfs;
-``UNIONFS_FUZZ_OPTIONS`` further options of this union.
+``UNIONFS_FUZZ_OPTIONS`` further options of this union; ``UNIONFS_FUZZ_SECONDS`` after how long no further sequence begins.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from .machine import Machine
 from .operations import Sequence, sequences
 
 SEQUENCES = int(os.environ.get("UNIONFS_FUZZ_SEQUENCES", "60"))
+MOST_SECONDS = float(os.environ.get("UNIONFS_FUZZ_SECONDS", "inf"))
 SEED = int(os.environ.get("UNIONFS_FUZZ_SEED", "1"))
 
 #: After its first ten examples hypothesis fills most of its budget with slight mutations of what it had. Many short runs
@@ -55,14 +57,21 @@ def test_equals_overlayfs(tmp_path: Path, split: bool) -> None:
         run()
 
     # The drivers change both in this very process.
+    done = 0
     umask, directory = os.umask(0o022), os.open(".", os.O_PATH)
+    began = time.monotonic()
     try:
         machine.start()
+        began = time.monotonic()
         for first in range(SEED, SEED + SEQUENCES, CHUNK):
+            if time.monotonic() - began > MOST_SECONDS:
+                break
             run_some(first)
+            done = first + CHUNK - SEED
     finally:
         machine.stop()
         os.umask(umask)
         os.fchdir(directory)
         os.close(directory)
+    print(f"{done} sequences in {time.monotonic() - began:.0f} s")
     assert not machine.late, "\n".join(str(late) for late in machine.late)
