@@ -274,11 +274,16 @@ class DirOps:
         self._up.directory(parent)
         self._before_unlink(node, parent, name)
         positive = self._tree.resolver.lower_positive(parent, name)
+        anchor = node.anchor
         last = self._keep_reachable(node, parent, name)
-        if positive:
-            self._whiteout(parent, name)
-        else:
-            os.unlink(name, dir_fd=self._tree.dirfds.upper(parent))
+        try:
+            if positive:
+                self._whiteout(parent, name)
+            else:
+                os.unlink(name, dir_fd=self._tree.dirfds.upper(parent))
+        except BaseException:
+            self._keeps_its_name(node, anchor)
+            raise
         self._lost_name(node, parent, name, last=last)
 
     def _before_unlink(self, node: Node, parent: Dir, name: bytes) -> None:
@@ -298,6 +303,13 @@ class DirOps:
         if node.nlookup or node.handles:
             self._tree.anchor(node)
         return True
+
+    @staticmethod
+    def _keeps_its_name(node: Node, anchor: int) -> None:
+        """The name didn't go: the node is reached by it again, where `anchor` says that it was before."""
+        if anchor < 0 <= node.anchor:
+            os.close(node.anchor)
+            node.anchor = -1
 
     def _lost_name(self, node: Node, parent: Dir, name: bytes, *, last: bool) -> None:
         self._tree.inodes.drop_name(node, parent, name)
@@ -342,8 +354,7 @@ class DirOps:
     @staticmethod
     def _wh_file(upper: int, name: bytes) -> None:
         """The form without device nodes and attributes: `.wh.NAME` first, then the name itself may go."""
-        fd = os.open(WH_PREFIX + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=upper)
-        os.close(fd)
+        _make_wh_file(upper, name)
         try:
             os.unlink(name, dir_fd=upper)
         except FileNotFoundError:
@@ -402,8 +413,7 @@ class DirOps:
         upper = self._tree.dirfds.upper(parent)
         if work.whiteout_form == "wh":
             self._clear_empty(node, parent, name)
-            fd = os.open(WH_PREFIX + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=upper)
-            os.close(fd)
+            _make_wh_file(upper, name)
             os.rmdir(name, dir_fd=upper)
             return
         self._announce_whiteouts(upper)
@@ -527,17 +537,23 @@ class DirOps:
         self._mark_for_move(old, old_dir, new_dir)
         old_fd, new_fd = tree.dirfds.upper(old_dir), tree.dirfds.upper(new_dir)
         whiteout_there = new is None and self._whiteout_at(new_fd, new_name)
+        anchor = new.anchor if new is not None else -1
         if new is not None and not isinstance(new, Dir):
             last = self._keep_reachable(new, new_dir, new_name)
-        if positive and whiteout_there:
-            sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
-        elif positive:
-            self._rename_and_whiteout(work, old_fd, old_name, new_fd, new_name)
-        elif whiteout_there and isinstance(old, Dir):
-            sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
-            os.unlink(old_name, dir_fd=old_fd)
-        else:
-            sysio.rename(old_fd, old_name, new_fd, new_name)
+        try:
+            if positive and whiteout_there:
+                sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
+            elif positive:
+                self._rename_and_whiteout(work, old_fd, old_name, new_fd, new_name)
+            elif whiteout_there and isinstance(old, Dir):
+                sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
+                os.unlink(old_name, dir_fd=old_fd)
+            else:
+                sysio.rename(old_fd, old_name, new_fd, new_name)
+        except BaseException:
+            if new is not None:
+                self._keeps_its_name(new, anchor)
+            raise
         if isinstance(new, Dir):
             self._gone_dir(new, new_dir, new_name)
         elif new is not None:
@@ -555,7 +571,7 @@ class DirOps:
                     raise
         if work.whiteout_form == "wh":
             # It hides only the layers below, so it may be there before the name goes.
-            os.close(os.open(WH_PREFIX + old, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=old_fd))
+            _make_wh_file(old_fd, old)
             sysio.rename(old_fd, old, new_fd, new)
             return
         self._announce_whiteouts(old_fd)
@@ -644,6 +660,22 @@ class DirOps:
                 return b"/".join(reversed(parts))
             at = at.parent
         return b"/" + b"/".join(reversed(parts))
+
+
+def _make_wh_file(dirfd: int, name: bytes) -> None:
+    """Make `.wh.NAME`, if it isn't there. Users may have made something else of that name: that is EEXIST."""
+    mark = WH_PREFIX + name
+    flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(mark, flags, 0o644, dir_fd=dirfd)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _error(errno.EEXIST, mark) from None
+        raise
+    st = os.fstat(fd)
+    os.close(fd)
+    if not stat.S_ISREG(st.st_mode) or st.st_size:
+        raise _error(errno.EEXIST, mark)
 
 
 class _Plan(NamedTuple):

@@ -562,3 +562,35 @@ def test_a_malformed_redirect_where_a_volume_shall_be_filled(make_site: SiteMake
     with pytest.raises(MountRefused, match="volume vol can't be filled from /data") as refused:
         site.stack.mount(extra=["-v", "vol:/data"])
     assert refused.value.code == 3
+
+
+@pytest.mark.parametrize("what", ["link", "absolute", "fifo", "file", "directory", "device"])
+def test_what_a_user_puts_where_a_wh_file_shall_be(make_site: SiteMaker, what: str) -> None:
+    """With whiteout=wh a removal makes an empty file `.wh.NAME`; what has that name already is neither followed nor opened."""
+    site = make_site("union")
+    build(site.bottom, {"f": b"lower", "d": {}, "g": b"lower"})
+    root = site.stack.mount("whiteout=wh")
+    for name in ("f", "d", "g"):
+        mark = root / f".wh.{name}"
+        match what:
+            case "link":
+                mark.symlink_to(f"../canary/made-{name}")
+            case "absolute":
+                mark.symlink_to(site.canary.where / f"made-{name}")
+            case "fifo":
+                os.mkfifo(mark)
+            case "file":
+                mark.write_bytes(b"mine")
+            case "directory":
+                mark.mkdir()
+            case "device":
+                os.mknod(mark, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    for change in (
+        lambda: os.unlink(root / "f"),
+        lambda: os.rmdir(root / "d"),
+        lambda: os.rename(root / "g", root / "h"),
+    ):
+        with pytest.raises(FileExistsError):
+            change()
+    assert {"f", "d", "g"} <= set(os.listdir(root))
+    (root / "f").write_bytes(b"still works")
