@@ -21,7 +21,6 @@ What keeps the host's changes visible at once:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -37,7 +36,7 @@ from unionfs.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.config import MountConfig
 from unionfs.inodes import Dir, Node
 from unionfs.merge import Entry
-from unionfs.ops import UnionOperations, handler, wanted_changes
+from unionfs.ops import UnionOperations, forget_entry, handler, wanted_changes
 from unionfs.union import DirHandle, Union
 
 _DT_SHIFT = 12
@@ -77,6 +76,7 @@ class BindingOperations(UnionOperations):
                 self._handles,
                 self._dir_handles,
                 timeout=self._timeout,
+                absent_timeout=self._absent_timeout,
                 invalidate_changed=self._invalidate_changed,
                 closed=self._following.closed,
                 out_of_memory=self.out_of_memory,
@@ -115,7 +115,7 @@ class BindingOperations(UnionOperations):
             self._binds.hold(parent)
         else:
             parent.nlookup += 1
-        await trio.to_thread.run_sync(_forget_entry, parent.id, name)
+        await trio.to_thread.run_sync(forget_entry, parent.id, name)
 
     def _walk(self, names: Sequence[bytes]) -> Dir | BindNode:
         here: Dir | BindNode = self._tree.root
@@ -505,11 +505,3 @@ class BindingOperations(UnionOperations):
         else:
             self._check_union()
             await super().removexattr(inode, name, ctx)
-
-
-def _forget_entry(parent: int, name: bytes) -> None:
-    """Have the kernel drop an entry, and listings that it keeps of the parent."""
-    with contextlib.suppress(FileNotFoundError):  # it knew nothing
-        pyfuse3.invalidate_entry(parent, name)
-    with contextlib.suppress(FileNotFoundError):
-        pyfuse3.invalidate_inode(parent)

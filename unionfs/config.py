@@ -33,6 +33,7 @@ Uuid = Literal["auto", "on", "null", "off"]
 Whiteout = Literal["auto", "char", "xattr", "wh"]
 Passthrough = Literal["auto", "on", "off"]
 SlowLower = Literal["auto", "on", "off"]
+Lower = Literal["unchanging", "watch"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 # OVL_MAX_STACK in fs/overlayfs/params.h.
@@ -73,6 +74,7 @@ class MountConfig:
     native: bool = True
     passthrough: Passthrough = "auto"
     slow_lower: SlowLower = "auto"
+    lower: Lower = "unchanging"
     ids: IdMap = AS_STORED
     static_nlink: bool = False
     acl: bool = True
@@ -391,6 +393,7 @@ _HANDLERS: dict[str, Callable[[_Options, str, str | None], None]] = {
     "native": _set_bool("native"),
     "passthrough": _set_choice("passthrough", get_args(Passthrough)),
     "slow_lower": _set_choice("slow_lower", get_args(SlowLower)),
+    "lower": _set_choice("lower", get_args(Lower)),
     "volatile": _word("volatile", True),
     "userxattr": _word("userxattr", True),
     "nfs_export": _refuse_unless("off", "exporting over NFS is not supported"),

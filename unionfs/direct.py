@@ -71,6 +71,7 @@ class Direct:
         dir_handles: dict[int, DirHandle],
         *,
         timeout: float,
+        absent_timeout: float,
         invalidate_changed: Callable[[], None],
         closed: Callable[[Node], None],
         covered: Mapping[tuple[int, bytes], object],
@@ -83,6 +84,7 @@ class Direct:
             handles: its open files.
             dir_handles: its open directories, by handle number.
             timeout: how long the kernel may keep names and attributes, in seconds.
+            absent_timeout: how long it may remember that there is no such name.
             invalidate_changed: tells the kernel of attributes that copy-up changed.
             closed: is told of files of which a handle was closed.
             covered: (id of a directory, name) where something else than the union's is.
@@ -93,6 +95,7 @@ class Direct:
         self._up = union.up
         self._dirs = union.dirs
         self._nodes = union.inodes.nodes
+        self._retired = union.inodes.retired
         self._handles = handles
         self._dir_handles = dir_handles
         self._timeout = float(timeout)
@@ -102,8 +105,8 @@ class Direct:
         self._closed = closed
         self._out_of_memory = out_of_memory
         self._covered = covered
-        self._absent = bytes(16) + struct.pack("=Q", int(timeout)) + bytes(8)
-        self._absent += struct.pack("=I", int(timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
+        self._absent = bytes(16) + struct.pack("=Q", int(absent_timeout)) + bytes(8)
+        self._absent += struct.pack("=I", int(absent_timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
         self._serial = 0
         self._kept: set[int] = set()  # directories whose kept listing a reader uses
         handlers = self._handlers()
@@ -233,7 +236,9 @@ class Direct:
             return None
         for forgotten, count in wire.forget_one(body[8:]):
             node = self._nodes.get(forgotten)
-            if node is not None and node.parent is not None:
+            if node is None:
+                self._retired.discard(forgotten)
+            elif node.parent is not None:
                 self._tree.forget(node, count)
         return 0
 

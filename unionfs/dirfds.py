@@ -39,6 +39,8 @@ class DirFds:
         # Set by the resolver: finds `stack` and `where` of a renamed directory again.
         self.refresh: Callable[[Dir], None] = lambda _: None
         self.watcher = Watcher()
+        # Set by whoever wants to know of directories that are opened, with their descriptors.
+        self.opened: Callable[[Dir, tuple[int, ...]], None] = lambda node, fds: None
 
     def fds(self, node: Dir) -> tuple[int, ...]:
         """Return the descriptors of a directory, parallel to `Dir.stack`. They stay valid until the next await."""
@@ -95,6 +97,7 @@ class DirFds:
         """Give a directory descriptors that the caller has opened; old ones are closed."""
         self.drop(node)
         node.fds = fds
+        self.opened(node, fds)
         self._lru[node] = None
         self._count += len(fds)
         if node.is_pure_upper:

@@ -63,6 +63,7 @@ class Handles:
         timeout: float,
         read_only: bool,
         owning: bool = True,
+        sharing: bool = True,
         fstat: Callable[[int], os.stat_result] = os.fstat,
     ) -> None:
         """Start without any.
@@ -71,12 +72,14 @@ class Handles:
             timeout: how long the kernel may keep attributes, in seconds.
             read_only: whether the union has no upper, so that nothing is ever copied up.
             owning: whether attributes are shown as a descriptor tells them.
+            sharing: whether those who only read may share a handle.
             fstat: how to get the attributes of a handle.
         """
         self._fstat = fstat
         self._timeout = timeout
         self._read_only = read_only
         self._owning = owning
+        self._sharing = sharing
         self._granted: bool | None = None
         self._modes = native.IoModes()
         self._mappers: dict[int, set[int]] = {}  # node id → its passed handles that may have written mappings
@@ -101,7 +104,8 @@ class Handles:
 
     def share(self, node: Node, fd: int, flags: int) -> None:
         """Give a handle to others who read the file as well, if it is one for that; just before the answer to OPEN."""
-        if not (flags & _ALONE or node.flags & (UPPER | META) or node.job) and not self._modes.passed(node.id):
+        alone = flags & _ALONE or node.flags & (UPPER | META) or node.job or not self._sharing
+        if not alone and not self._modes.passed(node.id):
             native.share(node.id, fd)
 
     def created(self, node: Node, fd: int, flags: int, st: os.stat_result) -> None:

@@ -141,6 +141,7 @@ class InodeTable:
         self._fsids: dict[int, int] = {}
         self._odd: dict[tuple[int, int], int] = {}
         self._by_upper: dict[int, Node] = {}
+        self.retired: set[int] = set()  # ids that are no node's any more, but that the kernel has not forgotten
 
     # -- numbers --
 
@@ -165,7 +166,7 @@ class InodeTable:
         return None if fsid is None or fsid >= 256 else fsid << _FSID_SHIFT
 
     def _free_id(self, ino: int) -> int:
-        if ino > ROOT_ID and ino not in self.nodes:
+        if ino > ROOT_ID and ino not in self.nodes and ino not in self.retired:
             return ino
         self._extra += 1
         return _EXTRA_BIT | self._extra
@@ -204,6 +205,15 @@ class InodeTable:
             del self._by_upper[node.rino]
         node.rino = rino
         self.note_upper(node)
+
+    def retire(self, node: Node) -> bool:
+        """Take a node out of the table that the kernel may still know; tell whether it was in it."""
+        if self.nodes.get(node.id) is not node:
+            return False
+        del self.nodes[node.id]
+        if node.nlookup:
+            self.retired.add(node.id)
+        return True
 
     def add(self, ino: int, fmt: int, parent: Dir, name: bytes) -> Node:
         """Create a node and give it its first name."""

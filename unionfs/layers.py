@@ -135,13 +135,41 @@ class LayerStack:
             self._lock(self.work_fd, work, shared=read_only)
 
     def _open_lower(self, path: str) -> Layer:
-        root = self._clone(path)
-        readonly = root >= 0 and sysio.make_mount_readonly(root)
-        layer = Layer(len(self.by_index), path, _open_inside(root, path, path))
+        fd, readonly = self._open_lower_root(path)
+        layer = Layer(len(self.by_index), path, fd)
         if not readonly:
             layer.read_noatime = os.O_NOATIME
         self.by_index.append(layer)
         return layer
+
+    def reopen(self, layer: Layer) -> bool:
+        """Open a lower anew if another directory of the same file system is at its path; tell whether it is so.
+
+        The new one takes the place of the old one behind the numbers of its descriptors.
+        """
+        try:
+            fresh = self._open_lower_root(layer.path)[0]
+        except (LayerError, OSError):
+            return False
+        try:
+            st = os.fstat(fresh)
+            if st.st_dev != layer.device or os.path.samestat(st, os.fstat(layer.fd)):
+                return False
+            os.dup2(fresh, layer.fd, inheritable=False)
+            if layer.read_fd >= 0:
+                readable = _open_readable(fresh)
+                os.dup2(readable, layer.read_fd, inheritable=False)
+                os.close(readable)
+            layer.root_stat = st
+        finally:
+            os.close(fresh)
+        return True
+
+    def _open_lower_root(self, path: str) -> tuple[int, bool]:
+        """Open the root of a lower; tell too whether it is read-only and noatime."""
+        root = self._clone(path)
+        readonly = root >= 0 and sysio.make_mount_readonly(root)
+        return _open_inside(root, path, path), readonly
 
     def _find_slow(self, config: MountConfig) -> None:
         """Mark the lowers that are slow, or that the user calls so."""
@@ -155,7 +183,7 @@ class LayerStack:
             layer.ask_aside()
         if slow:
             log.info("slow lower layers: %s", ", ".join(layer.path for layer in slow))
-            self.door = SlowDoor(remember=config.timeout != 0)
+            self.door = SlowDoor(remember=config.timeout != 0 and config.lower != "watch")
 
     def _clone(self, path: str) -> int:
         """Return a private copy of the mount at *path*, -1 where there is none to be had."""

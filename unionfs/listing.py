@@ -29,7 +29,12 @@ class Lister:
         listings = []
         for index, dirfd in zip(node.stack, fds, strict=True):
             layer = self._tree.layers.layer(index)
-            raw, whiteouts = ask(dirfd, ("list",), functools.partial(self._listing, layer), keep=False)
+            try:
+                raw, whiteouts = ask(dirfd, ("list",), functools.partial(self._listing, layer), keep=False)
+            except FileNotFoundError:
+                if index == 0:
+                    raise
+                continue  # somebody has removed it from the lower layer
             listings.append((index, raw, whiteouts))
         return merge(listings)
 

@@ -37,6 +37,7 @@ from unionfs.merge import Entry
 from unionfs.patience import Patience
 from unionfs.slow import WouldBlock, committed
 from unionfs.union import Changes, DirHandle, Union, clear_suidgid, stored
+from unionfs.watching import ABSENT_SECONDS, Watching
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,22 @@ def wanted_changes(attr: EntryAttributes, fields: SetattrFields) -> Changes:
     )
 
 
+def forget_entry(parent: int, name: bytes) -> None:
+    """Have the kernel drop an entry, and listings that it keeps of the parent.
+
+    Not in the loop: it waits for requests that are under way.
+    """
+    with contextlib.suppress(FileNotFoundError):  # it knew nothing
+        pyfuse3.invalidate_entry(parent, name)
+    forget_inode(parent)
+
+
+def forget_inode(node_id: int) -> None:
+    """Have the kernel forget pages, listings and attributes of an inode. Not in the loop either."""
+    with contextlib.suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(node_id)
+
+
 class UnionOperations(pyfuse3.Operations):
     """Serves one union to the kernel."""
 
@@ -106,9 +123,18 @@ class UnionOperations(pyfuse3.Operations):
         self._owning = config.shows_as_stored
         self.enable_acl = config.acl
         self._handles = Handles(
-            timeout=self._timeout, read_only=config.upper is None, owning=self._owning, fstat=union.door.fstat
+            timeout=self._timeout,
+            read_only=config.upper is None,
+            owning=self._owning,
+            sharing=config.lower != "watch",
+            fstat=union.door.fstat,
         )
-        union.door.stat_opened = config.upper is None
+        self._watching: Watching | None = None
+        self._absent_timeout = self._timeout
+        if config.lower == "watch":
+            self._watching = Watching(union, forget_entry=forget_entry, forget_inode=forget_inode)
+            self._absent_timeout = min(self._timeout, ABSENT_SECONDS)
+        union.door.stat_opened = config.upper is None or config.lower == "watch"
         self._invalidations = 0
         self.patience = Patience(union.door)
         self._following = Following(
@@ -142,6 +168,7 @@ class UnionOperations(pyfuse3.Operations):
                 self._handles,
                 self._dir_handles,
                 timeout=self._timeout,
+                absent_timeout=self._absent_timeout,
                 invalidate_changed=self._invalidate_changed,
                 closed=self._following.closed,
                 covered=covered,
@@ -152,6 +179,8 @@ class UnionOperations(pyfuse3.Operations):
         """Run what the operations need in the background, for as long as the mount lives."""
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(self.patience.run)
+            if self._watching is not None:
+                await self._nursery.start(self._watching.run)
             await self._following.run(task_status)
 
     async def finish(self) -> None:
@@ -177,6 +206,7 @@ class UnionOperations(pyfuse3.Operations):
             "copy_ups": union.up.copies,
             "following_copies": len(self._following),
             "invalidations": self._invalidations,
+            "watches": 0 if self._watching is None else len(self._watching),
             "slow_answers": self.patience.answered,
             **{f"native_{name}": value for name, value in native.counters().items()},
         }
@@ -227,7 +257,7 @@ class UnionOperations(pyfuse3.Operations):
         """Build a reply that lets the kernel remember that there is nothing."""
         attr = EntryAttributes()
         attr.st_ino = 0
-        attr.entry_timeout = self._timeout
+        attr.entry_timeout = self._absent_timeout
         return attr
 
     def _caller(self, ctx: RequestContext) -> Caller:
@@ -322,6 +352,8 @@ class UnionOperations(pyfuse3.Operations):
                     self._tree.forget(node, count)
                 except Exception:
                     log.exception("forget failed")
+            else:
+                self._inodes.retired.discard(node_id)
 
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

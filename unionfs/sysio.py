@@ -55,6 +55,9 @@ __all__ = [
     "get_fsxattr",
     "get_inode_flags",
     "getdents",
+    "inotify",
+    "inotify_add",
+    "inotify_remove",
     "linkat_fd",
     "make_mount_readonly",
     "move_mount",
@@ -539,6 +542,33 @@ def getdents(fd: int) -> list[tuple[bytes, int, int]]:
     if size < 0:
         raise _fail()
     return entries
+
+
+# -- watching --
+
+_inotify_add_watch = _libc.inotify_add_watch
+_inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+
+
+def inotify() -> int:
+    """Return a new descriptor for events of ``inotify(7)``, which doesn't wait."""
+    fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        raise _fail()
+    return int(fd)
+
+
+def inotify_add(fd: int, path: bytes, mask: int) -> int:
+    """Watch what *path* leads to; return the watch's number, the same for the same object."""
+    watch = _inotify_add_watch(fd, path, mask)
+    if watch < 0:
+        raise _fail(path)
+    return int(watch)
+
+
+def inotify_remove(fd: int, watch: int) -> None:
+    """End a watch; one that has ended by itself is no error."""
+    _libc.inotify_rm_watch(fd, watch)
 
 
 # -- data --

