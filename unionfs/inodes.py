@@ -234,7 +234,7 @@ class InodeTable:
             return (
                 known if same and not (known.handles or known.job or known.links or known.flags & _NOT_PLAIN) else None
             )
-        if not layer and rino in self._by_upper:
+        if name in parent.children or ino in self.retired or (not layer and rino in self._by_upper):
             return None
         node = self.nodes[ino] = parent.children[name] = Node(ino, ino, stat.S_IFREG, parent, name)
         node.layer, node.rino = layer, rino
