@@ -27,7 +27,13 @@ MINUTES ?= 10
 crash: MINUTES = 5
 soak: MINUTES = 20
 
-.PHONY: help mount umount test lint types fuzz verify crash powercut soak compare sanitize clean root packages packages-test packages-soak
+# What `make vm-test` boots: the kernel of this Debian suite. What `make vagrant-test` starts: one machine, or all.
+KERNEL ?=
+BOX ?=
+export KERNEL
+
+.PHONY: help mount umount test lint types fuzz verify crash powercut soak compare sanitize clean root packages \
+	packages-test packages-soak integration vm-test vagrant-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -42,6 +48,9 @@ help:
 	@echo 'make powercut [MINUTES=10] [ARGS=...]  the power cut at any moment, on a disk that remembers what was written (as root)'
 	@echo 'make soak [MINUTES=20] [ARGS=...]      stress-ng, dbench, fio and clients of our own at once (as root)'
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
+	@echo 'make integration [ARGS=...]            check this host from its wheel on, beside its own overlayfs (as root)'
+	@echo 'make vm-test [KERNEL=trixie]           the same in a virtual machine with Linux 6.1, or another kernel (as root)'
+	@echo 'make vagrant-test [BOX=debian12]       the same in Vagrant machines: Debian, Ubuntu, Fedora'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
 
@@ -81,6 +90,16 @@ soak: root packages-test packages-soak $(VENV)/.installed-test
 
 compare: packages $(VENV)/.installed
 	@scripts/compare $(ARGS)
+
+integration: root
+	@scripts/integration.sh $(ARGS)
+
+vm-test: root
+	@scripts/packages vm
+	@scripts/vm-test $(ARGS)
+
+vagrant-test:
+	@scripts/vagrant-test $(BOX)
 
 sanitize: root packages-test $(VENV)/.installed-test
 	@scripts/sanitize $(BIN)/python $(ARGS)

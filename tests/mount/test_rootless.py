@@ -7,7 +7,6 @@ directory can do, a bind path must.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -20,23 +19,10 @@ import pytest
 from tests.support.cli import user_namespaces
 from tests.support.mounts import environment
 from tests.support.people import ALICE, REPOSITORY, in_user_namespace, opened_interpreter
+from tests.support.rootless import outcomes, worse_than
 
 NAMESPACES = pytest.mark.skipif(not user_namespaces(), reason="no user namespaces here: a chroot, perhaps")
 DRIVER = [sys.executable, "-m", "tests.support.rootless"]
-
-
-def outcomes(text: str) -> dict[str, dict[str, str]]:
-    """The driver's lines of output together: kind → behaviour → "" or what went wrong."""
-    found: dict[str, dict[str, str]] = {}
-    for line in text.splitlines():
-        if line.startswith("{"):
-            found |= json.loads(line)
-    return found
-
-
-def worse_than(found: dict[str, dict[str, str]], oracle: str, ours: str = "union") -> list[str]:
-    """What ours could not do and the oracle could."""
-    return [f"{name}: {said}" for name, said in found[ours].items() if said and not found[oracle].get(name, "")]
 
 
 @NAMESPACES

@@ -2,7 +2,8 @@
 
     python -m tests.support.rootless KIND [KIND...] DIRECTORY
 
-A process of its own, for namespaces and other users; see tests/mount/test_rootless.py.
+A process of its own, for namespaces and other users; see tests/mount/test_rootless.py. UFS_PRIVILEGED=1: it is run by root,
+and tries what needs privilege, too. UFS_PLACES: where the seeds lie.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tests.support.layers import build
 from tests.support.mounts import Kind, Stack
 
 PLACES = os.environ.get("UFS_PLACES", "lower upper touched").split()
+PRIVILEGED = bool(os.environ.get("UFS_PRIVILEGED"))
 
 
 def usable(line: Behaviour) -> bool:
-    """Whether a behaviour can be tried without privilege at all."""
-    return not line.privileged
+    """Whether a behaviour can be tried with the privilege at hand."""
+    return PRIVILEGED or not line.privileged
 
 
 def attempt(line: Behaviour, place: str, directory: Path) -> str:
@@ -55,7 +57,9 @@ def run_kind(kind: Kind, base: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     lines = [line for line in BEHAVIOURS.values() if usable(line)]
     for place in PLACES:
-        stack = Stack.make(kind, base / f"{kind}-{place}", options="userxattr" if kind == "overlay" else "")
+        stack = Stack.make(
+            kind, base / f"{kind}-{place}", options="userxattr" if kind == "overlay" and not PRIVILEGED else ""
+        )
         planted = [line for line in lines if place == "upper" or can_be_planted(line, stack.below)]
         stack.mount()
         try:
@@ -69,6 +73,20 @@ def run_kind(kind: Kind, base: Path) -> dict[str, str]:
         if bad:
             found[f"{place} log"] = "\n".join(bad)
     return found
+
+
+def outcomes(text: str) -> dict[str, dict[str, str]]:
+    """The lines of output of one or several runs together: kind → behaviour → "" or what went wrong."""
+    found: dict[str, dict[str, str]] = {}
+    for line in text.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def worse_than(found: dict[str, dict[str, str]], oracle: str, ours: str = "union") -> list[str]:
+    """What ours could not do and the oracle could."""
+    return [f"{name}: {said}" for name, said in found[ours].items() if said and not found[oracle].get(name, "")]
 
 
 def umount(stack: Stack) -> None:
