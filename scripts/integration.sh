@@ -33,4 +33,4 @@ if ! offline "$@" && [ "$(id -u)" = 0 ]; then
     PYTHON=${PYTHON:-python3} "$root/scripts/packages" integration
 fi
 python=$(find_python)
-PYTHONPATH=$root PYTHONDONTWRITEBYTECODE=1 exec "$python" -P -m tests.host "$@"
+PYTHONPATH=$root exec "$python" -P -B -m tests.host "$@"

@@ -92,6 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.dir:
         os.environ["UNIONFS_TEST_DIR"] = str(arguments.dir.resolve())
     os.umask(0o022)
+    os.environ.pop("PYTHONPATH", None)  # it leads to the checkout; what is installed is what counts
     found = facts()
     print(f"unionfs integration on {found['system']}, Linux {found['kernel']}", flush=True)
     report = Report(found)

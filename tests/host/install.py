@@ -32,12 +32,11 @@ def build(host: Host, room: Path) -> str:
         raise LeftOut(f"{host.wheel.name} was given")
     _need_compiler(host)
     tools = _environment(host, room / "tools")
-    _install(host, tools, "build", *(["setuptools", "wheel"] if host.wheelhouse else []))
+    _install(host, tools, "build", "setuptools>=69", "wheel")
     source, out = room / "source", host.base / "dist"
     shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(*LEFT_OF_SOURCE))
-    words = ["-m", "build", *(["--no-isolation"] if host.wheelhouse else []), "--outdir", str(out), str(source)]
-    # Without --sdist or --wheel the wheel is built from the sdist: what is missing there is missed.
-    run([tools / "bin/python", *words], cwd=room)
+    # Without --sdist or --wheel the wheel is built from the sdist: what is missing there is missed. The environment is a new one.
+    run([tools / "bin/python", "-m", "build", "--no-isolation", "--outdir", out, source], cwd=room)
     (host.wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return f"{host.wheel.name} ({host.wheel.stat().st_size >> 10} KiB), {sdist.name} ({sdist.stat().st_size >> 10} KiB)"
 

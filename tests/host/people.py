@@ -31,7 +31,7 @@ def by_fusermount(host: Host, room: Path) -> str:
         ls merged; cat lower/file"""
     said = run([*user, "sh", "-euc", script], cwd=own)
     expect(said, "moved\nlower\nmore\nlower\n", "what an ordinary user sees")
-    if subprocess.run([*user, *NAMESPACE, "true"], capture_output=True, check=False).returncode:
+    if host.quick or subprocess.run([*user, *NAMESPACE, "true"], capture_output=True, check=False).returncode:
         return f"as {NOBODY}"
     # The oracle is overlayfs as the same user can have it, in a namespace.
     found = run_table(host, own, ["overlay"], under=[*user, *NAMESPACE]) | run_table(host, own, ["union"], under=user)

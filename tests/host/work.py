@@ -45,8 +45,9 @@ def first_union(host: Host, room: Path) -> str:
 
 
 def doctor(host: Host, room: Path) -> str:
-    """`unionfs doctor` finds nothing bad, and what it finds limited is told."""
+    """`unionfs doctor` finds nothing bad, and what it finds limited is told. The native part was built."""
     lines = host.unionfs("doctor", room).splitlines()
+    expect(any(line.endswith("native part: built") for line in lines), True, "the doctor finds the native part")
     return "; ".join(line.removeprefix("limited").strip() for line in lines if line.startswith("limited")) or "all good"
 
 
