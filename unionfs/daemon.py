@@ -29,7 +29,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 import unionfs
-from unionfs import control, native, notify
+from unionfs import control, native, notify, sysio
 from unionfs.config import MountConfig, as_json
 from unionfs.errors import EnvironmentUnfit, MountFailed, UnionError, UsageError, from_exit_code
 from unionfs.mountinfo import FUSE_TYPE, Mount, mounted_at, place_of, read_mounts
@@ -174,8 +174,11 @@ def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES)
 
 def _open_and_run(config: MountConfig, life: _Life) -> None:
     _prepare_process()
+    old_kernel = bool(os.environ.get(OLD_KERNEL))
+    if old_kernel:
+        sysio.pretend_old_kernel()
     native_loaded = config.native and native.load(  # before pyfuse3, or it would not be found first
-        passthrough=_wants_passthrough(config), old_kernel=bool(os.environ.get(OLD_KERNEL))
+        passthrough=_wants_passthrough(config), old_kernel=old_kernel
     )
     _import_pyfuse3()
     if config.native:

@@ -2,6 +2,10 @@
 
 The index ties the names of a lower hard link together after copy-up. It is only valid for the layers that it was made
 with, so the upper root remembers the first lower root (``origin``) and the index directory the upper root (``upper``).
+
+File handles are stored with the UUID of their file system, which old kernels don't tell of every one
+(`sysio.file_system_uuid`). Then nothing is noted about the roots: overlayfs, which knows, would refuse layers with a
+wrong note. It makes its own note at its first mount, from which the UUID is learned.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from unionfs.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
+NO_UUID = bytes(16)
+
 
 def usable(layers: LayerStack) -> bool:
     """Tell whether every layer has file handles that can be opened, and no two file systems one UUID."""
@@ -36,17 +42,33 @@ def belongs(layers: LayerStack, work: WorkDir, fmt: Format, *, uuid: bool) -> bo
     upper, lower = layers.upper, layers.lowers[0]
     if upper is None:
         return False
+    if uuid:
+        _learn_uuid(layers, upper.fd, fmt.origin, lower)
+        _learn_uuid(layers, work.index_fd, fmt.upper, upper)
     return _verify(upper.fd, fmt.origin, lower, uuid=uuid, is_upper=False) and _verify(
         work.index_fd, fmt.upper, upper, uuid=uuid, is_upper=True
     )
 
 
+def _learn_uuid(layers: LayerStack, fd: int, name: str, target: Layer) -> None:
+    """Take the UUID of the target's file system, if nobody tells it, from the note that overlayfs made of its root."""
+    if target.uuid != NO_UUID:
+        return
+    known = decode_handle(get_xattr(sysio.fd_path(fd), name) or b"")
+    if known is not None and (known.kind, known.handle) == sysio.file_handle(target.fd, b""):
+        for layer in (*layers.lowers, *([layers.upper] if layers.upper else [])):
+            if layer.device == target.device:
+                layer.uuid = known.uuid
+
+
 def _verify(fd: int, name: str, target: Layer, *, uuid: bool, is_upper: bool) -> bool:
     path = sysio.fd_path(fd)
     kind, handle = sysio.file_handle(target.fd, b"")
-    value = encode_handle(kind, handle, target.uuid if uuid else bytes(16), is_upper=is_upper)
+    value = encode_handle(kind, handle, target.uuid if uuid else NO_UUID, is_upper=is_upper)
     known = get_xattr(path, name)
     if known is None:
+        if uuid and target.uuid == NO_UUID:
+            return True
         try:
             os.setxattr(path, name, value)
         except OSError as exc:

@@ -146,8 +146,14 @@ def has_file_system(kind: str) -> bool:
     """Whether the kernel has a file system, or gets it from a module."""
     word = f"\t{kind}\n"
     if word not in Path("/proc/filesystems").read_text():
-        subprocess.run(["modprobe", "-q", kind], capture_output=True, check=False)
+        load_module(kind)
     return word in Path("/proc/filesystems").read_text()
+
+
+def load_module(name: str) -> None:
+    """Load a kernel module, if there are such."""
+    if shutil.which("modprobe"):
+        subprocess.run(["modprobe", "-q", name], capture_output=True, check=False)
 
 
 @contextmanager

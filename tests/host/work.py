@@ -6,12 +6,11 @@ Beside it means in the kernel's overlayfs over equal layers; where the kernel ha
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from tests.host.host import REPOSITORY, Host, expect, has_file_system, need, overlay, shell
+from tests.host.host import REPOSITORY, Host, expect, has_file_system, load_module, need, overlay, shell
 from tests.support.filesystems import FS_KINDS, FsKind, file_system
 from tests.support.snapshot import assert_same, snapshot
 
@@ -152,14 +151,14 @@ def sqlite(host: Host, room: Path) -> str:
     need("sqlite3")
     rows = 50 if host.quick else 300
     fill = "create table t(a integer primary key, b text); insert into t values (1, 'lower');"
-    each = "".join(f"insert into t(b) values ('{'x' * 200}');" for _ in range(rows))
+    each = f"seq {rows} | sed 's/.*/insert into t(b) values (hex(zeroblob(100)));/' | sqlite3 db"
 
     def database(lower: Path) -> None:
         shell(f'sqlite3 db "{fill}"', cwd=lower)
 
     script = f"""
-        echo "{each}" | sqlite3 db
-        sqlite3 db 'pragma journal_mode=wal' && echo "{each}" | sqlite3 db
+        {each}
+        sqlite3 db 'pragma journal_mode=wal' && {each}
         sqlite3 db 'pragma wal_checkpoint(truncate); pragma journal_mode=delete; vacuum; pragma integrity_check'
         sqlite3 db 'select count(*), sum(length(b)) from t'"""
     said = _same_work(host, room, database, script).split()
@@ -198,7 +197,7 @@ def _cannot_make(kind: FsKind) -> str:
         return "not in this kernel"
     if kind == "tmpfs":
         return ""
-    subprocess.run(["modprobe", "-q", "loop"], capture_output=True, check=False)
+    load_module("loop")
     if not Path("/dev/loop-control").exists():
         return "no loop devices"
     return "" if shutil.which(f"mkfs.{kind}") else f"mkfs.{kind} is not installed"

@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import StackMaker
+from tests.support.filesystems import FsKind
 from tests.support.layers import FIFO, HardLink, Symlink, Tree, build, is_whiteout, mark
 from tests.support.mounts import Stack
 from tests.support.snapshot import assert_same, snapshot
@@ -216,3 +220,42 @@ def test_renaming_names_of_one_lower_file(stack: Stack) -> None:
     stack.remount()
     assert {nlink for _, nlink in numbers(root, "d/b2", "d/c")} == {2}
     assert (root / "a2").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("room", ["tmpfs", "ext4"])
+def test_an_old_kernel_that_does_not_tell_the_uuid(
+    room: FsKind, on_file_system: Callable[[FsKind], Path], make_stack: StackMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No wrong UUID is left for overlayfs to stumble over; what it notes itself is learned, and then both know the links."""
+    monkeypatch.setenv("UNIONFS_OLD_KERNEL", "1")
+    base = on_file_system(room)
+    base.chmod(0o755)
+    stack = make_stack("union", base=base)
+    build(stack.lower, {**LINKED, "later": b"later", "linked": HardLink("later")})
+    root = stack.mount()
+    before = numbers(root, "a", "b", "d/c")
+    assert len(before) == 1
+    os.chmod(root / "b", 0o600)
+    assert numbers(root, "a", "b", "d/c") == before
+    stack.remount()
+    assert numbers(root, "a", "b", "d/c") == before, "without overlayfs the index works as ever"
+    stack.umount()
+    assert mark(stack.up, "origin") is None
+
+    oracle = Stack("overlay", stack.base, [stack.lower], stack.upper, stack.work, stack.mnt)
+    oracle.mount()
+    assert (oracle.mnt / "b").stat().st_mode & 0o777 == 0o600
+    oracle.umount()
+    noted = mark(stack.up, "origin")
+    assert noted is not None
+    root = stack.mount("index=on")
+    os.chmod(root / "later", 0o600)
+    seen = numbers(root, "later", "linked")
+    assert len(seen) == 1
+    stack.umount()
+    assert mark(stack.up, "origin") == noted
+    oracle.mount()
+    try:
+        assert numbers(oracle.mnt, "later", "linked") == seen
+    finally:
+        oracle.umount()
