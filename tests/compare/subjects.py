@@ -21,7 +21,7 @@ from tests.compare.machine import mounts
 from tests.compare.processes import Failed, end, last_line, naming, wait_gone
 from tests.compare.stage import Site, Stage, remove
 
-MOUNT_SECONDS = 30.0
+MOUNT_SECONDS = 60.0
 END_SECONDS = 20.0
 
 
@@ -230,7 +230,7 @@ def _find(program: str) -> str:
 
 
 def _ask(*words: str) -> str:
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False)
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout + done.stderr
 
 

@@ -77,15 +77,13 @@ class Host:
 
     @contextmanager
     def union(self, room: Path, lowers: Sequence[Path], *words: str | Path) -> Iterator[Path]:
-        """Mount a union with upper and work in `room`, and unmount it after the block; the mount point.
-
-        After an error it stays: what takes away all that a check left does it, and the error is what counts.
-        """
+        """Mount a union with upper and work in `room`, and unmount it after the block; the mount point."""
         merged = room / "merged"
         for name in ("upper", "work", "merged"):
             (room / name).mkdir(exist_ok=True)
         self.unionfs("mount", *words, "--work", room / "work", ":".join(map(str, lowers)), room / "upper", merged)
-        yield merged
+        with _detached_after_errors(merged):
+            yield merged
         self.unionfs("umount", merged)
         if mounted_below(merged):
             raise Wrong(f"{merged} is still mounted after its unmount")
@@ -150,6 +148,22 @@ def has_file_system(kind: str) -> bool:
     return word in Path("/proc/filesystems").read_text()
 
 
+@contextmanager
+def _detached_after_errors(merged: Path) -> Iterator[None]:
+    """Detach a mount after an error: the error is what counts, not that something is busy afterwards."""
+    try:
+        yield
+    except BaseException:
+        subprocess.run(["umount", "-l", str(merged)], capture_output=True, check=False)
+        raise
+
+
+def kernel_version() -> tuple[int, int]:
+    """Major and minor version of the running kernel."""
+    major, minor = os.uname().release.split("-", maxsplit=1)[0].split(".")[:2]
+    return int(major), int(minor)
+
+
 def load_module(name: str) -> None:
     """Load a kernel module, if there are such."""
     if shutil.which("modprobe"):
@@ -169,7 +183,8 @@ def overlay(room: Path, lowers: Sequence[Path], options: str = "") -> Iterator[P
     layers = f"lowerdir={':'.join(map(str, lowers))},upperdir={room / 'upper'},workdir={room / 'work'}"
     words = f"{layers},redirect_dir=on,metacopy=on,index=on,xino=on{options}"
     run(["mount", "-t", "overlay", "-o", words, "overlay", room / "merged"])
-    yield room / "merged"
+    with _detached_after_errors(room / "merged"):
+        yield room / "merged"
     run(["umount", room / "merged"])
 
 

@@ -51,7 +51,7 @@ def _run(host: Host, check: Check) -> Outcome:
     except LeftOut as reason:
         verdict, text = "left out", str(reason)
     except (Wrong, AssertionError) as error:
-        verdict, text = "FAILED", str(error)
+        verdict, text = "FAILED", _said(error)
     except Exception:
         verdict, text = "FAILED", traceback.format_exc()
         text = f"{text.strip().splitlines()[-1]}\n{text}"
@@ -60,6 +60,13 @@ def _run(host: Host, check: Check) -> Outcome:
         verdict, text = "FAILED", left
     subprocess.run(["rm", "-rf", "--one-file-system", str(room)], check=False)
     return Outcome(check.name, check.title, verdict, time.monotonic() - start, text.strip())
+
+
+def _said(error: BaseException) -> str:
+    """What failed first: cleaning up after it may have failed, too."""
+    while isinstance(error.__context__, Wrong | AssertionError):
+        error = error.__context__
+    return str(error)
 
 
 def _left_behind(room: Path) -> str:
