@@ -169,7 +169,8 @@ def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES)
         finally:
             log.info("%s: ended", config.mountpoint)
             mounted.close()
-            control.remove(life.record_path)  # last: from here on the layers are free
+            control.remove(life.record_path)  # from here on the layers are free
+            _sync(life.to_sync)  # which may take its time
 
 
 def _open_and_run(config: MountConfig, life: _Life) -> None:
@@ -196,11 +197,15 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
         union.close()
 
 
-def _sync(union: Union) -> None:
+def _sync(fd: int) -> None:
+    """Make all durable that is on the file system of upper, as the unmount of an overlay does (``ovl_sync_fs``)."""
+    if fd < 0:
+        return
     try:
-        union.sync()
+        sysio.sync_file_system(fd)
     except OSError as error:
         log.error("upper can't be synced (%s): what was written last may not be there after a crash", error.strerror)
+    os.close(fd)
 
 
 def _wants_passthrough(config: MountConfig) -> bool:
@@ -236,7 +241,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
         raise _only_error(group) from group
     finally:
         pyfuse3.close(unmount=True)
-        _sync(union)
+        life.to_sync = union.open_to_sync()
 
 
 def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:
@@ -263,6 +268,7 @@ class _Life:
         self.name = name
         self.volumes = volumes
         self.record_path: str | None = None
+        self.to_sync = -1  # a descriptor on the file system of upper, once the session has ended
 
     async def run(self, operations: UnionOperations) -> None:
         """Serve until the session ends."""

@@ -163,17 +163,11 @@ class Union:
             raise
         return union
 
-    def sync(self) -> None:
-        """Make all that is in upper durable, as the unmount of an overlay does (``ovl_sync_fs``).
-
-        Raises OSError: it is not, or not all of it.
-        """
-        if self.work is not None and not self.config.volatile:
-            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.work.fd)
-            try:
-                sysio.sync_file_system(fd)
-            finally:
-                os.close(fd)
+    def open_to_sync(self) -> int:
+        """Return a descriptor for ``syncfs(2)`` of the file system of upper, -1 where nothing is to be synced."""
+        if self.work is None or self.config.volatile:
+            return -1
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.work.fd)
 
     def close(self) -> None:
         """Close every descriptor; the locks on the layers go with them."""

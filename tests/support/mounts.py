@@ -30,6 +30,7 @@ OVERLAY_DEFAULTS = {"redirect_dir": "on", "metacopy": "on", "index": "on", "xino
 USERXATTR_DEFAULTS = {"userxattr": "", "index": "off", "xino": "on"}
 MOUNT_SECONDS = 60
 BUSY_SECONDS = 5
+END_SECONDS = 60
 BAD_LOG = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|^\w*(Error|Exception):")
 
 
@@ -242,10 +243,12 @@ class Stack:
                 time.sleep(0.1)
         if pid is not None and not wait_gone(pid, 3) and mounted_elsewhere(self.mnt):
             os.kill(pid, signal.SIGTERM)
-        if pid is not None and not wait_gone(pid):
+        if pid is not None and not wait_gone(pid, END_SECONDS):  # it syncs what others have written there, too
             state = where_it_waits(pid)
             os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"the daemon of {self.mnt} still ran 20 s after its unmount; killed\n{state}")
+            raise AssertionError(
+                f"the daemon of {self.mnt} still ran {END_SECONDS} s after its unmount; killed\n{state}"
+            )
 
     def remount(self, options: str = "") -> Path:
         """Unmount and mount again: nothing of the daemon's or the kernel's memory remains."""
