@@ -30,7 +30,7 @@ offline() {
 }
 
 if ! offline "$@" && [ "$(id -u)" = 0 ]; then
-    PYTHON=${PYTHON:-python3} "$root/scripts/packages" integration
+    PYTHON=${PYTHON:-/usr/bin/python3} "$root/scripts/packages" integration
 fi
 python=$(find_python)
 PYTHONPATH=$root exec "$python" -P -B -m tests.host "$@"

@@ -96,7 +96,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env={**os.environ},
     )
 
