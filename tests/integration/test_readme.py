@@ -24,6 +24,7 @@ RUN = ("A first union in a minute", "Volumes", "mount(8), fstab and systemd")
 ELSEWHERE = {
     "cp share/unionfs@.service": "test_mount8.py runs the service's command as systemd does",
     "systemctl enable": "the same",
+    "scripts/integration.sh": "tests/integration/test_host.py, and .ci/run",
     "podman ": "scripts/podman-check runs podman on it, and tests/mount/test_podman_cli.py the program",
 }
 """Commands that need more than a test machine has, and what stands in for them."""
