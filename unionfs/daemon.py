@@ -227,6 +227,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     import trio
 
     operations = _operations(config, union, life)
+    to_sync = union.open_to_sync()  # at the end there may be no descriptor left for it
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a mount must not be left behind: see `_handle_signals`
     with _stderr_captured() as said:
         try:
@@ -241,7 +242,7 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
         raise _only_error(group) from group
     finally:
         pyfuse3.close(unmount=True)
-        life.to_sync = union.open_to_sync()
+        life.to_sync = to_sync
 
 
 def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:

@@ -167,7 +167,7 @@ class Union:
         """Return a descriptor for ``syncfs(2)`` of the file system of upper, -1 where nothing is to be synced."""
         if self.work is None or self.config.volatile:
             return -1
-        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.work.fd)
+        return os.dup(self.work.fd)
 
     def close(self) -> None:
         """Close every descriptor; the locks on the layers go with them."""
