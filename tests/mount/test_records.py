@@ -18,8 +18,10 @@ from tests.support import raw
 from tests.support.canary import Canary
 from tests.support.cli import refused, unionfs
 from tests.support.mounts import Stack
-from tests.support.people import ALICE
 from unionfs import control
+
+ALICE = 12031
+"""A user who has no other test, which may run at the same time."""
 
 ROOM = Path(f"/tmp/.unionfs-{ALICE}")
 
