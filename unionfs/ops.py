@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -40,6 +41,9 @@ from unionfs.union import Changes, DirHandle, Union, clear_suidgid, stored
 from unionfs.watching import ABSENT_SECONDS, Watching
 
 log = logging.getLogger(__name__)
+
+_SAY_AGAIN_SECONDS = 60.0
+"""How long nothing is said of memory that runs out again."""
 
 FOREVER = 365 * 86400.0
 _DT_SHIFT = 12
@@ -136,6 +140,7 @@ class UnionOperations(pyfuse3.Operations):
             self._absent_timeout = min(self._timeout, ABSENT_SECONDS)
         union.door.stat_opened = config.upper is None or config.lower == "watch"
         self._invalidations = 0
+        self._memory_silent_until = 0.0
         self.patience = Patience(union.door)
         self._following = Following(
             union,
@@ -215,7 +220,9 @@ class UnionOperations(pyfuse3.Operations):
 
     def out_of_memory(self) -> None:
         """Have what is needed from now on from what was kept back for that."""
-        if self._inodes.reserve.spend():
+        now = time.monotonic()
+        if self._inodes.reserve.spend() and now >= self._memory_silent_until:
+            self._memory_silent_until = now + _SAY_AGAIN_SECONDS
             log.error("out of memory: nothing but what is in use can be had until the kernel has forgotten some inodes")
 
     def _named(self, node: Node, st: os.stat_result) -> EntryAttributes:

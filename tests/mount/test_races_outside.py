@@ -232,6 +232,7 @@ def assert_not_copied(root: Path) -> None:
                 assert SECRET not in path.read_bytes(), path
 
 
+@pytest.mark.expected_log("changes of lowers came too fast")
 @pytest.mark.parametrize(
     "options", ["timeout=0", "timeout=0,metacopy=off,index=off", "timeout=0,native=off", "timeout=31536000,lower=watch"]
 )

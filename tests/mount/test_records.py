@@ -20,8 +20,8 @@ from tests.support.cli import refused, unionfs
 from tests.support.mounts import Stack
 from unionfs import control
 
-ALICE = 12031
-"""A user who has no other test, which may run at the same time."""
+ALICE = 12031 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""A user whom no test has that may run at the same time."""
 
 ROOM = Path(f"/tmp/.unionfs-{ALICE}")
 
@@ -36,11 +36,11 @@ def room() -> Iterator[Path]:
     clear()
 
 
-def clear() -> None:
+def clear(path: Path = ROOM) -> None:
     """Remove it, or what stands in its place."""
-    if ROOM.is_symlink():
-        ROOM.unlink()
-    shutil.rmtree(ROOM, ignore_errors=True)
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def test_the_directory_itself_may_be_exchanged_at_any_time(ground: Path, room: P
     """ALICE puts a link to a directory with such names in its place, again and again, while root lists and unmounts."""
     canary = Canary(ground / "canary")
     evil = ROOM.with_name(ROOM.name + "-evil")
-    evil.unlink(missing_ok=True)
+    clear(evil)
     evil.symlink_to(canary.where)
     stop = threading.Event()
 
@@ -151,10 +151,7 @@ def test_the_directory_itself_may_be_exchanged_at_any_time(ground: Path, room: P
             thread.join()
     canary.check()
     for path in (ROOM, evil):
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
+        clear(path)
 
 
 def test_nobody_can_claim_anothers_mount(ours: Stack, ground: Path, room: Path) -> None:

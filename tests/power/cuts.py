@@ -1,7 +1,8 @@
 """What a disk may hold after a power cut, from the log of what was written to it (`tests.support.disks`).
 
 Certain is only what was written before the last flush that had come to the disk. Of what was written after it, any part
-may be there: all, nothing, some writes and not others, in any order, and of one write the first sectors only.
+may be there: all, nothing, some writes and not others, in any order, and of one write the first sectors only. A sector is the
+4096 bytes that today's disks write as a whole: ext4 relies on it, whose superblock is two of 512.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.support.disks import FLUSH, RECORD
 
 Kept = Literal["nothing", "all", "some"]
 KEPT: tuple[Kept, ...] = ("nothing", "all", "some")
-SECTOR = 512
+SECTOR = 4096
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.power.cuts import Cut, Replay, Write, choose, read_log
+from tests.power.cuts import SECTOR, Cut, Replay, Write, choose, read_log
 from tests.support.cli import Said
 from tests.support.disks import FLUSH, RECORD
 from tests.support.mounts import environment
@@ -42,19 +42,20 @@ def test_a_few_cuts(ground: Path) -> None:
 
 def test_what_a_cut_leaves(tmp_path: Path) -> None:
     log, baseline, image = tmp_path / "log", tmp_path / "baseline", tmp_path / "image"
-    entries = [(0, b"a" * 1024), (FLUSH, b""), (1024, b"b" * 1024), (0, b"c" * 512), (FLUSH, b""), (2048, b"d" * 1024)]
+    one, two = SECTOR, 2 * SECTOR
+    entries = [(0, b"a" * two), (FLUSH, b""), (two, b"b" * two), (0, b"c" * one), (FLUSH, b""), (2 * two, b"d" * two)]
     log.write_bytes(b"".join(RECORD.pack(at, len(data)) + data for at, data in entries))
     writes = read_log(log)
     assert [(write.at, write.data) for write in writes] == entries
     assert writes[-1].end == log.stat().st_size
 
     def left(*cuts: Cut) -> list[bytes]:
-        baseline.write_bytes(bytes(3072))
+        baseline.write_bytes(bytes(6 * SECTOR))
         replay = Replay(baseline, writes, random.Random(3))
         found = []
         for cut in cuts:
             replay.image(cut, image)
-            found.append(bytes(image.read_bytes()[at] for at in range(0, 3072, 512)))
+            found.append(bytes(image.read_bytes()[at] for at in range(0, 6 * SECTOR, SECTOR)))
         return found
 
     nothing = bytes(6)
