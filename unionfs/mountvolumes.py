@@ -208,9 +208,16 @@ class MountedVolumes:
             from unionfs.bind import BindPoint
 
             target, spec = self._components(value), bind.spec
-            attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
+            try:
+                attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
+            except OSError as error:
+                raise EnvironmentUnfit(self._cannot_bind(error)) from None
             usher.send(b"done")
         bind.source.close()
+
+    def _cannot_bind(self, error: OSError) -> str:
+        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+        return f"the volumes of {self._config.mountpoint} can't be bound: {error.strerror}{where}"
 
     def _dismiss_usher(self) -> None:
         """Have the usher end, and nobody wait for it; it may be in the middle of a request to this daemon."""
@@ -240,6 +247,9 @@ class MountedVolumes:
             self._bind_all(daemon, tell)
         except UnionError as error:
             tell("error", error.exit_code, str(error))
+        except OSError as error:  # what a layer or a volume fails with
+            unfit = EnvironmentUnfit(self._cannot_bind(error))
+            tell("error", unfit.exit_code, str(unfit))
         except BaseException as error:
             tell("error", 1, f"internal error: {type(error).__name__}: {error}")
 
