@@ -190,10 +190,11 @@ def test_no_memory_left(ours: Stack) -> None:
     daemon = ours.daemon()
     with open(root / "known", "ab", buffering=0) as stream:
         paths = [root / f"d{number % 20}/f{number}" for number in range(FEW)]
-        found = set()
-        for start in range(0, FEW, FEW // 4):  # a thread that ends meanwhile leaves room: the limit follows
-            limit_memory(daemon, f"{address_space(daemon) + (1 << 20)}:")
-            found |= {outcome(path.stat) for path in paths[start : start + FEW // 4]}
+        found, most = set(), address_space(daemon) + (1 << 20)
+        for start in range(0, FEW, FEW // 8):  # a thread that ends meanwhile leaves room: the limit follows
+            most = min(most, address_space(daemon) + (1 << 18))
+            limit_memory(daemon, f"{most}:")
+            found |= {outcome(path.stat) for path in paths[start : start + FEW // 8]}
         assert found == {0, errno.ENOMEM}
         assert stream.write(b" to all") == 7
         assert (root / "known").read_bytes() == b"known to all"
