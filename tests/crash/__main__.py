@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import random
 import re
@@ -29,13 +28,13 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 
 from tests.crash import gate
 from tests.crash.site import Site
 from tests.crash.trial import Outcome, Strike, Trial, Wrong
 from tests.crash.workload import CHAPTERS
 from tests.support.filesystems import FS_KINDS, file_system
+from tests.support.losses import report
 
 MODES: Final = ("default", "passthrough=off", "native=off", "metacopy=off", "whiteout=xattr")
 KINDS: Final = ("calls", "moments", "faults")
@@ -189,20 +188,7 @@ def _sum(tallies: Sequence[Tally]) -> dict[str, int]:
 
 def _report(run: Run, *, as_json: bool) -> None:
     modes = {mode: _sum(list(chapters.values())) for mode, chapters in run.tallies.items()}
-    if as_json:
-        print(json.dumps({"modes": modes, "wrong": run.wrong}, indent=2))
-        return
-    table = Table(title="The daemon killed at work")
-    table.add_column("mode")
-    for heading in next(iter(modes.values())):
-        table.add_column(heading, justify="right")
-    for mode, numbers in modes.items():
-        table.add_row(mode, *map(str, numbers.values()))
-    console = Console()
-    console.print(table)
-    console.print(f"lost, half done or left over: {len(run.wrong)}")
-    for text in run.wrong:
-        console.print(f"- {text}", markup=False, highlight=False)
+    report("The daemon killed at work", modes, run.wrong, as_json=as_json)
 
 
 if __name__ == "__main__":

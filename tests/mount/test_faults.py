@@ -109,14 +109,19 @@ def test_mounted_without_room(ours: Stack, ground: Path) -> None:
         assert is_whiteout(ours.up / "f")
 
 
+def scatter(lower: Path, files: int, directories: int) -> None:
+    """Make empty files `dX/fN`, in turn in each of the directories."""
+    for number in range(files):
+        directory = lower / f"d{number % directories}"
+        if number < directories:
+            directory.mkdir()
+        (directory / f"f{number}").touch()
+
+
 @pytest.mark.fault_seconds(200)
 def test_many_files_with_few_descriptors(ours: Stack) -> None:
     """What is looked at costs no descriptor for long."""
-    for number in range(MANY):
-        directory = ours.lower / f"d{number % 400}"
-        if number < 400:
-            directory.mkdir()
-        (directory / f"f{number}").touch()
+    scatter(ours.lower, MANY, 400)
     root = ours.mount(under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
     for number in range(MANY):
         path = root / f"d{number % 400}/f{number}"
@@ -180,11 +185,7 @@ def address_space(pid: int) -> int:
 @pytest.mark.expected_log("out of memory")
 def test_no_memory_left(ours: Stack) -> None:
     """What is not known yet can't be had then; what is in use goes on, and all comes back with the memory."""
-    for number in range(FEW):
-        directory = ours.lower / f"d{number % 20}"
-        if number < 20:
-            directory.mkdir()
-        (directory / f"f{number}").touch()
+    scatter(ours.lower, FEW, 20)
     (ours.lower / "known").write_bytes(b"known")
     root = ours.mount()
     daemon = ours.daemon()

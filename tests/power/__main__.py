@@ -15,7 +15,6 @@ Once the daemon has ended after an unmount, all is there.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 
 from tests.crash.site import Site, State, fits, layer_faults, leftovers, seen, touched
 from tests.crash.workload import CHAPTERS, Hand
@@ -37,6 +35,7 @@ from tests.power.cuts import Cut, Replay, Write, choose, read_log, remove
 from tests.support import raw
 from tests.support.disks import disk
 from tests.support.filesystems import have_own_mounts, run
+from tests.support.losses import report
 from tests.support.mounts import BAD_LOG, MountRefused, wait_gone
 from tests.support.snapshot import Snapshot, differences
 
@@ -371,20 +370,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _report(of: Run, *, as_json: bool) -> None:
     modes = {mode: vars(tally) for mode, tally in of.tallies.items()}
-    if as_json:
-        print(json.dumps({"modes": modes, "wrong": of.wrong}, indent=2))
-        return
-    table = Table(title=f"Power cuts, {of.options.fs}")
-    table.add_column("mode")
-    for heading in next(iter(modes.values())):
-        table.add_column(heading, justify="right")
-    for mode, numbers in modes.items():
-        table.add_row(mode, *map(str, numbers.values()))
-    console = Console()
-    console.print(table)
-    console.print(f"lost, half done or left over: {len(of.wrong)}")
-    for text in of.wrong:
-        console.print(f"- {text}", markup=False, highlight=False)
+    report(f"Power cuts, {of.options.fs}", modes, of.wrong, as_json=as_json)
 
 
 if __name__ == "__main__":

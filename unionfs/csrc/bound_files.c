@@ -35,11 +35,7 @@ static int32_t reply_opened(struct fuse_session *se, uint64_t unique, struct ope
 		no_backing = true;
 		id = 0;
 	}
-	reply->open = (struct open_reply){
-		.fh = (uint64_t)fd,
-		.open_flags = id ? OPEN_PASSTHROUGH | OPEN_NOFLUSH : 0,
-		.backing_id = id,
-	};
+	reply->open = id ? passthrough_reply((uint64_t)fd, id) : (struct open_reply){.fh = (uint64_t)fd};
 	counters[PASSTHROUGH] += id != 0;
 	reply_raw(se, unique, 0, (const char *)reply + start, sizeof(*reply) - start);
 	return id;

@@ -99,10 +99,6 @@ void remove_suidgid_unless_root(fuse_req_t req, fuse_ino_t ino, int fd);
 
 /* ------------------------------------------------------------------ replies.c */
 
-/* Flags of an answer to OPEN, of protocol 7.40, which older headers lack. */
-#define OPEN_NOFLUSH (UINT32_C(1) << 5)
-#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)
-
 /* Register a descriptor's file for passthrough. Returns its backing id, or a negative errno. */
 int backing_open(int fd);
 
@@ -233,6 +229,9 @@ struct open_reply { /* fuse_open_out of protocol 7.40, which older headers lack 
 	uint32_t open_flags;
 	int32_t backing_id;
 };
+
+/* Of a handle that the kernel passes through. */
+struct open_reply passthrough_reply(uint64_t fh, int32_t backing_id);
 
 /* What libfuse makes of an entry. */
 struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);

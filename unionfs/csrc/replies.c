@@ -12,6 +12,9 @@
 #include <unistd.h>
 
 /* Protocol 7.40, which older headers lack. */
+#define OPEN_NOFLUSH (UINT32_C(1) << 5)
+#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)
+
 struct backing_map {
 	int32_t fd;
 	uint32_t flags;
@@ -69,7 +72,7 @@ static int32_t take_backing_id(uint64_t fh)
 }
 
 /* The kernel refuses passthrough together with flags about a page cache that there is not. */
-static struct open_reply passthrough_reply(uint64_t fh, int32_t backing_id)
+struct open_reply passthrough_reply(uint64_t fh, int32_t backing_id)
 {
 	return (struct open_reply){
 		.fh = fh,
