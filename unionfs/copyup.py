@@ -31,7 +31,19 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs import sysio
-from unionfs.inodes import BROKEN_LINK, IMPURE, INDEXED, META, ORIGIN, UNLINKED, UPPER, Dir, Node
+from unionfs.inodes import (
+    BROKEN_LINK,
+    IMPURE,
+    INDEXED,
+    META,
+    ORIGIN,
+    PLAIN,
+    PROTECTION_KNOWN,
+    UNLINKED,
+    UPPER,
+    Dir,
+    Node,
+)
 from unionfs.markers import encode_nlink, encode_protattr, get_xattr, is_fd_path, list_xattrs
 from unionfs.slow import SlowFd, WouldBlock
 from unionfs.tree import STRIP_OPEN, Tree
@@ -47,6 +59,9 @@ _COPIED_FLAGS: Final = sysio.FS_SYNC | sysio.FS_NOATIME  # OVL_COPY_FS_FLAGS_MAS
 _PROTECTION: Final = sysio.FS_IMMUTABLE | sysio.FS_APPEND
 # Flags that say how the file system stores a file (extents, inline data): not anybody's wish.
 _STORAGE_FLAGS: Final = 0x80000 | 0x10000000
+CopyPlain = Callable[
+    [int, bytes, int, int, int, bytes | None, str, str], tuple[int, int, int] | None
+]  # native.copy_plain
 _NO_FLAGS: Final = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
 
 
@@ -261,6 +276,8 @@ class CopyUp:
         self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
         self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
         self.copies = 0
+        self.copy_plain: CopyPlain | None = None  # set by a driver that can copy metadata in one step
+        self._heads: dict[int, bytes] = {}
 
     @property
     def work(self) -> WorkDir | None:
@@ -309,6 +326,17 @@ class CopyUp:
             self._copy_regular(node, data=data or not self.metacopy or bool(node.flags & UNLINKED), size=size)
         else:
             self._copy_special(node)
+
+    def plain_file(self, node: Node) -> int:
+        """Copy up a lower file about which nothing is special, without its data, if that can be done in one step.
+
+        Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises as `directory`.
+        """
+        lower = node.flags & (PLAIN | UPPER | UNLINKED) == PLAIN and node.fmt == stat.S_IFREG
+        if not lower or not self.metacopy or self.tree.work is None or node.job is not None or node.parent is None:
+            return -1
+        self.directory(node.parent)
+        return self._copy_plain(node, node.parent)
 
     def alias(self, node: Node, parent: Dir, name: bytes) -> None:
         """Make sure that an indexed file has this very name in upper too (``ovl_link_up``)."""
@@ -380,6 +408,9 @@ class CopyUp:
         parent = node.parent
         if parent is not None and not node.flags & UNLINKED:
             self.directory(parent)
+            if not data and (fd := self._copy_plain(node, parent)) >= 0:
+                os.close(fd)
+                return
         st = self.tree.stat(node)
         whole = st.st_size
         wanted = whole if size is None else min(size, whole)
@@ -401,6 +432,34 @@ class CopyUp:
         finally:
             os.close(target)
         self.name_indexed(node)
+
+    def _copy_plain(self, node: Node, parent: Dir) -> int:
+        """Have the metadata copied in one step, if nothing about the file is special; *parent* is in upper.
+
+        Returns a descriptor of the copy; -1: nothing was done.
+        """
+        work, tree = self._work(), self.tree
+        if self.copy_plain is None or not node.flags & PLAIN or tree.door.is_slow or not work.makes_nameless:
+            return -1
+        to_fd = tree.dirfds.upper(parent)
+        self._mark_impure(parent, to_fd)
+        head = self._origin_head(node.layer) if tree.resolver.decodes_handles else None
+        source_fd = tree.dirfds.fd(parent, node.layer)
+        made = self.copy_plain(
+            source_fd, node.name, node.rino, to_fd, work.fd, head, tree.fmt.origin, tree.fmt.metacopy
+        )
+        if made is None:
+            return -1
+        fd, rino, tree.data_blocks[node] = made
+        node.flags |= META | PROTECTION_KNOWN
+        self._became_upper(node, rino)
+        return fd
+
+    def _origin_head(self, layer: int) -> bytes:
+        head = self._heads.get(layer)
+        if head is None:
+            head = self._heads[layer] = self.tree.resolver.origin_head(self.tree.layers.layer(layer))
+        return head
 
     def _complete(self, node: Node, size: int | None) -> None:
         """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).

@@ -408,6 +408,32 @@ def pack_listed(
     return packed
 
 
+def copy_plain(
+    dirfd: int, name: bytes, ino: int, to_fd: int, work_fd: int, head: bytes | None, origin: str, metacopy: str
+) -> tuple[int, int, int] | None:
+    """Copy a lower file up, its metadata only, in one step: publish it under its name or do nothing at all.
+
+    It is done for a regular file with one name, without extended attributes, and without inode flags that a copy
+    keeps. Nothing here raises OSError: whoever gets None does it step by step, and sees what is wrong.
+
+    Args:
+        dirfd: the lower directory.
+        name: the file's name in both directories.
+        ino: its st_ino; another file is left alone.
+        to_fd: the directory in upper, which must have the mark for entries with an origin already.
+        work_fd: the work directory.
+        head: the origin's head (``struct ovl_fb``) without length and type; None for an empty origin.
+        origin: the name of the attribute with the origin.
+        metacopy: the name of the attribute that marks a copy without data.
+
+    Returns:
+        A descriptor of the copy, for the caller to close, its st_ino, and the number of blocks of the lower file.
+    """
+    assert _module is not None
+    copied: tuple[int, int, int] | None = _module.copy_plain(dirfd, name, ino, to_fd, work_fd, head, origin, metacopy)
+    return copied
+
+
 def sync_later(fd: int) -> bool:
     """Sync and close a descriptor in a thread of the layer, and answer the request being handled with the outcome.
 
@@ -427,7 +453,7 @@ def share(node: int, fh: int) -> None:
     """Let the native layer give a handle to others who read the file, too, and keep it a while when all have closed it.
 
     It comes back as one RELEASE: when there are too many of them, or before a request in which the node's open handles
-    have a say (an open that is not for reading, SETATTR, FORGET).
+    have a say (an open that is not for reading, SETATTR, FORGET). The beginning of the file is read ahead.
 
     Args:
         node: the node id; one that has such a handle already keeps that one.

@@ -162,6 +162,7 @@ class UnionOperations(pyfuse3.Operations):
         """Called by pyfuse3 when the kernel has agreed on the protocol."""
         self.answering.set()
         self._native = native.active()
+        self._union.up.copy_plain = native.copy_plain if self._native else None
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()

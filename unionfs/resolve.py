@@ -484,7 +484,14 @@ class Resolver:
             if exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW, errno.EPERM):
                 return None
             raise
-        return encode_handle(kind, handle, layer.uuid if self.uuid_in_handles else bytes(16))
+        return encode_handle(kind, handle, self._uuid(layer))
+
+    def origin_head(self, layer: Layer) -> bytes:
+        """Return an origin value without the handle, to which length and type are to be added."""
+        return encode_handle(0, b"", self._uuid(layer))
+
+    def _uuid(self, layer: Layer) -> bytes:
+        return layer.uuid if self.uuid_in_handles else bytes(16)
 
     def _match_index(self, path: bytes, found: Found) -> None:
         """An upper file is indexed if the index entry of its origin is the very same inode."""

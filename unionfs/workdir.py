@@ -38,7 +38,7 @@ class WorkDir:
         self.whiteout_form: WhiteoutForm = "char"
         self._serial = 0
         self._whiteout: bytes | None = None
-        self._tmpfile_works = True
+        self.makes_nameless = True  # as far as is known
 
     def close(self) -> None:
         """Remove the kept whiteout and close the descriptors."""
@@ -119,13 +119,13 @@ class WorkDir:
 
     def open_temp(self) -> tuple[int, bytes | None]:
         """Return a new regular file open for reading and writing, and its name, None for a nameless one."""
-        if self._tmpfile_works:
+        if self.makes_nameless:
             try:
                 return os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd), None
             except OSError as exc:
                 if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
                     raise
-                self._tmpfile_works = False
+                self.makes_nameless = False
         name = self.temp_name()
         return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd), name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -347,3 +348,70 @@ def test_a_metacopy_that_is_cut(ours: Stack, check_by_overlay: Oracle, size: int
     assert (ours.up / "f").read_bytes() == data[:size] + b"tail"
     assert os.listdir(ours.work / "work") == []
     assert (check_by_overlay(ours) / "f").read_bytes() == data[:size] + b"tail"
+
+
+def furnish_of_all_kinds(root: Path) -> None:
+    """Files that are copied in one step, and such as are not."""
+    build(
+        root,
+        {
+            "plain": b"p" * 5000,
+            "empty": b"",
+            "owned": File(b"o" * 100, 0o4711, 1234, 5678, {}, -(10**17) - 7),
+            "attributes": File(b"a" * 100, xattrs={"user.a": b"1", "trusted.b": b"2"}),
+            "linked": b"l",
+            "flags": b"f" * 100,
+            "d": {"e": {"f": b"f", "g": b"g" * 70000}},
+        },
+    )
+    os.link(root / "linked", root / "d" / "link")
+    subprocess.run(["chattr", "+S", str(root / "flags")], check=True)
+
+
+def change_attributes(root: Path) -> None:
+    """Change each file's mode, owner or times, all in one directory alike."""
+    for base, _, names in os.walk(root):
+        for number, name in enumerate(sorted(names)):
+            path = os.path.join(base, name)
+            if number % 3 == 0:
+                os.chown(path, 7, -1)
+            elif number % 3 == 1:
+                os.chmod(path, 0o2751)
+            else:
+                os.utime(path, ns=(10**18 + 5, 10**18 + 3))
+
+
+def test_upper_is_left_as_overlayfs_leaves_it(make_stack: StackMaker) -> None:
+    """Marks, origins, owners, modes, times: all that is in upper after the same changes over the very same lower."""
+    ours = make_stack("union", name="ours")
+    furnish_of_all_kinds(ours.lower)
+    oracle = make_stack("overlay", name="theirs")
+    oracle.lowers = ours.lowers
+    for stack in (ours, oracle):
+        change_attributes(stack.mount())
+        stack.umount()
+    left, right = snapshot(ours.up), snapshot(oracle.up)
+    del left[b""], right[b""]  # the root has a random UUID, and overlayfs's names its lower, for the index
+    assert_same(left, right)
+    assert mark(ours.up / "d" / "e" / "g", "metacopy") is not None
+    assert os.listdir(ours.work / "work") == []
+    ours.mount()
+    oracle.mount()
+    assert_same(snapshot(ours.mnt), snapshot(oracle.mnt))
+    ours.umount()
+    oracle.umount()
+
+
+def test_an_immutable_file_stays_as_it_is(ours: Stack) -> None:
+    """What may not be changed is not copied up for it either."""
+    build(ours.lower, {"f": b"f"})
+    root = ours.mount()
+    subprocess.run(["chattr", "+i", str(ours.lower / "f")], check=True)
+    try:
+        for change in (lambda: os.chmod(root / "f", 0o600), lambda: os.chown(root / "f", 1, 1)):
+            with fails(errno.EPERM):
+                change()
+    finally:
+        subprocess.run(["chattr", "-i", str(ours.lower / "f")], check=True)
+    ours.umount()
+    assert os.listdir(ours.up) == []

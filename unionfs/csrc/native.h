@@ -240,7 +240,7 @@ struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
 
 extern PyMethodDef module_methods[], session_methods[], request_methods[], ioctl_methods[], owned_methods[];
 extern PyMethodDef bound_methods[], bound_file_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
-extern PyMethodDef reply_methods[], listed_methods[];
+extern PyMethodDef reply_methods[], listed_methods[], copied_methods[];
 
 #pragma GCC visibility pop
 
