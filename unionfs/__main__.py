@@ -25,7 +25,7 @@ def _open_standard_streams() -> None:
 def main() -> NoReturn:
     """Run the command line; exits with a status from `errors.EXIT_CODES`, or mount(8)'s if that is who calls."""
     _open_standard_streams()
-    from unionfs import cli
+    from unionfs.commands import cli
 
     if _is_mount8(sys.argv[1:]) and not cli.is_command(sys.argv[1]):
         _help_mount(sys.argv[1:])
@@ -47,7 +47,7 @@ def mount_helper() -> NoReturn:
 def overlay() -> NoReturn:
     """Mount for podman and buildah, in place of fuse-overlayfs; exits with a status from `errors.EXIT_CODES`."""
     _open_standard_streams()
-    from unionfs import podman_cli
+    from unionfs.commands import podman_cli
 
     status = 0
     try:
@@ -65,7 +65,7 @@ def _is_mount8(words: list[str]) -> bool:
 
 
 def _help_mount(words: list[str]) -> NoReturn:
-    from unionfs import mount8
+    from unionfs.commands import mount8
 
     status = 0
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from unionfs.config import MountConfig
-from unionfs.union import Union
+from unionfs.core.union import Union
 
 Opener = Callable[..., Union]
 

@@ -12,11 +12,11 @@ from typing import ParamSpec, TypeVar
 import pytest
 
 from tests.support.layers import Tree, build, is_whiteout
-from unionfs.dirops import Caller
-from unionfs.inodes import Dir
-from unionfs.layers import LayerStack
-from unionfs.slow import SlowDoor, SlowFd, SlowPath, WouldBlock, attempting, committed
-from unionfs.union import Changes, DirHandle, Union
+from unionfs.core.dirops import Caller
+from unionfs.core.inodes import Dir
+from unionfs.core.layers import LayerStack
+from unionfs.core.slow import SlowDoor, SlowFd, SlowPath, WouldBlock, attempting, committed
+from unionfs.core.union import Changes, DirHandle, Union
 
 P = ParamSpec("P")
 R = TypeVar("R")

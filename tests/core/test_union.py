@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.copyup import OFFLOAD_BYTES, DataCopy, DataCopyPending
-from unionfs.dirops import Caller
+from unionfs.core.copyup import OFFLOAD_BYTES, DataCopy, DataCopyPending
+from unionfs.core.dirops import Caller
+from unionfs.core.inodes import INDEXED, META, UPPER, Dir, Node
+from unionfs.core.union import Changes, DirHandle, Union
 from unionfs.errors import BusyError, LayerError
-from unionfs.inodes import INDEXED, META, UPPER, Dir, Node
-from unionfs.union import Changes, DirHandle, Union
 
 ROOT = Caller(0, 0)
 Opener = Callable[..., Union]

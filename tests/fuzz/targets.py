@@ -22,22 +22,11 @@ from pathlib import Path
 
 from tests.fuzz.mutate import mutated
 from tests.support.layers import ACL_MASK, ACL_OTHER, ACL_USER, ACL_USER_OBJ, TRUSTED, acl
-from unionfs import acl as posix_acl
-from unionfs import (
-    acltext,
-    archive,
-    config,
-    control,
-    idmap,
-    mount8,
-    mountfile,
-    mountinfo,
-    podman_cli,
-    tarformat,
-    volumespec,
-)
-from unionfs.errors import UnionError, UsageError, VolumeError, one_line
-from unionfs.markers import (
+from unionfs import config, idmap, volumespec
+from unionfs.archives import acltext, archive, tarformat
+from unionfs.commands import mount8, mountfile, podman_cli
+from unionfs.core import acl as posix_acl
+from unionfs.core.markers import (
     Format,
     decode_handle,
     decode_nlink,
@@ -47,8 +36,10 @@ from unionfs.markers import (
     encode_protattr,
     parse_redirect,
 )
-from unionfs.union import Union
-from unionfs.volumemodel import check_name, parse_options
+from unionfs.core.union import Union
+from unionfs.errors import UnionError, UsageError, VolumeError, one_line
+from unionfs.host import control, mountinfo
+from unionfs.store.volumemodel import check_name, parse_options
 
 
 @dataclass(frozen=True)
@@ -266,9 +257,9 @@ def _plant(root: Path, dice: random.Random) -> None:
 
 
 def _use(union: Union, dice: random.Random) -> None:
-    from unionfs.dirops import Caller
-    from unionfs.inodes import Dir
-    from unionfs.union import Changes, DirHandle
+    from unionfs.core.dirops import Caller
+    from unionfs.core.inodes import Dir
+    from unionfs.core.union import Changes, DirHandle
 
     who = Caller(0, 0)
     waiting = [union.tree.root]
@@ -308,7 +299,7 @@ def _use(union: Union, dice: random.Random) -> None:
 
 
 def _touch(union: Union, node: object, dice: random.Random, changes: type) -> None:
-    from unionfs.inodes import Node
+    from unionfs.core.inodes import Node
 
     assert isinstance(node, Node)
     if stat.S_ISREG(node.fmt):

@@ -80,7 +80,7 @@ def _source_tree(lower: Path) -> None:
     """This project's own sources, as everybody has them, and links of both kinds."""
     shell(
         f"tar -C '{REPOSITORY}' -c unionfs tests scripts --exclude=__pycache__ --exclude='*.so' | tar -x\n"
-        "ln unionfs/__main__.py hard; ln -s unionfs/cli.py soft",
+        "ln unionfs/__main__.py hard; ln -s unionfs/commands/cli.py soft",
         cwd=lower,
     )
 

@@ -20,8 +20,8 @@ from tests.support import raw
 from tests.support.cli import Said, in_private_mounts, listed, program, refused, unionfs, user_namespaces
 from tests.support.mounts import daemons, environment, wait_gone
 from tests.support.people import ALICE, opened_interpreter
-from unionfs.control import process_start, state_directory
-from unionfs.mountinfo import mounted_at
+from unionfs.host.control import process_start, state_directory
+from unionfs.host.mountinfo import mounted_at
 
 
 class Place:

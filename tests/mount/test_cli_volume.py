@@ -20,7 +20,7 @@ from tests.mount.test_volumes import Place
 from tests.support.cli import Said, program, refused, unionfs
 from tests.support.mounts import daemons, environment
 from tests.support.people import ALICE, opened_interpreter
-from unionfs.volumes import Store
+from unionfs.store.volumes import Store
 
 USAGE, LAYERS, BUSY, VOLUMES = 2, 3, 4, 7
 

@@ -20,8 +20,8 @@ from tests.conftest import FileSystemMaker, StackMaker
 from tests.support.canary import Canary, Outcome, assert_hidden, differences, outcomes
 from tests.support.layers import TRUSTED, build, opaque, whiteout
 from tests.support.mounts import Kind, MountRefused, Stack
-from unionfs import sysio
-from unionfs.markers import encode_handle
+from unionfs.core import sysio
+from unionfs.core.markers import encode_handle
 
 Plant = Callable[["Site"], None]
 KINDS: tuple[Kind, ...] = ("overlay", "union")

@@ -20,7 +20,7 @@ from tests.mount.test_cli import Place, become_alice
 from tests.support.cli import Said, program
 from tests.support.mounts import environment, wait_gone
 from tests.support.people import ALICE, REPOSITORY
-from unionfs.mountinfo import mounted_at
+from unionfs.host.mountinfo import mounted_at
 
 BAD_CALL, SYSTEM_ERROR, MOUNT_FAILURE = 1, 2, 32
 HELPER, PROGRAM = "helper", "program"

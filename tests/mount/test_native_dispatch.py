@@ -1,4 +1,4 @@
-"""The session loop of `unionfs.dispatch`: requests overlap, other tasks get their turn, idle costs nothing, it ends."""
+"""The session loop of `unionfs.fuse.dispatch`: requests overlap, other tasks get their turn, idle costs nothing, it ends."""
 
 from __future__ import annotations
 

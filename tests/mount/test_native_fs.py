@@ -42,7 +42,7 @@ MIB = 1 << 20
 
 def serve(source: str, mountpoint: str, words: set[str]) -> None:
     """Mount `source` on `mountpoint` and serve it until it is unmounted, or until SIGTERM."""
-    from unionfs import native
+    from unionfs.fuse import native
 
     loaded = "plain" not in words and native.load(passthrough="passthrough" in words)
     import pyfuse3
@@ -239,7 +239,7 @@ def serve(source: str, mountpoint: str, words: set[str]) -> None:
     os.umask(0)
     native.cache_directories("listings" in words)
     if "dispatch" in words:
-        from unionfs import dispatch
+        from unionfs.fuse import dispatch
 
         dispatch.install()
     options = {*pyfuse3.default_options, "allow_other", "suid", "fsname=native-test"}

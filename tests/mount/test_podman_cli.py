@@ -17,7 +17,7 @@ from tests.support import raw
 from tests.support.cli import Said, listed, program, user_namespaces
 from tests.support.mounts import environment
 from tests.support.people import in_user_namespace
-from unionfs.mountinfo import mounted_at
+from unionfs.host.mountinfo import mounted_at
 
 WORDS = [sys.executable, "-c", "from unionfs.__main__ import overlay; overlay()"]
 

@@ -29,9 +29,9 @@ from tests.conftest import StackMaker
 from tests.support.canary import SECRET, Canary
 from tests.support.mounts import Stack, environment, mounted_below
 from tests.support.swapper import swapping
-from unionfs import archive, copytree
+from unionfs.archives import archive, copytree
 from unionfs.errors import UnionError
-from unionfs.volumes import Store
+from unionfs.store.volumes import Store
 
 SECONDS = float(os.environ.get("UNIONFS_RACE_SECONDS", "1"))
 PAIRS = 120

@@ -18,7 +18,7 @@ from tests.support import raw
 from tests.support.canary import Canary
 from tests.support.cli import refused, unionfs
 from tests.support.mounts import Stack
-from unionfs import control
+from unionfs.host import control
 
 ALICE = 12031 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 """A user whom no test has that may run at the same time."""

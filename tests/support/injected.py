@@ -1,7 +1,7 @@
 """A handler of the daemon that fails where it can't: put into a daemon from outside.
 
 `command` starts a program in which Python runs, at its start, what stands in `_SITE`: that replaces the handlers of both
-adapters (`unionfs.ops` and `unionfs.direct`) by ones that raise, once, when the flag file has their name.
+adapters (`unionfs.fuse.ops` and `unionfs.fuse.direct`) by ones that raise, once, when the flag file has their name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def patch_direct(module):
                 return _inner(*args)
             setattr(module.Direct, name, raising)
 
-PATCHES = {{"unionfs.ops": patch_ops, "unionfs.direct": patch_direct}}
+PATCHES = {{"unionfs.fuse.ops": patch_ops, "unionfs.fuse.direct": patch_direct}}
 
 class Finder:
     @staticmethod

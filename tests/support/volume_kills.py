@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from unionfs import control, sysio
-from unionfs.copytree import copy_tree
+from unionfs.archives.copytree import copy_tree
+from unionfs.core import sysio
 from unionfs.errors import UnionError
-from unionfs.volumes import Store
+from unionfs.host import control
+from unionfs.store.volumes import Store
 from unionfs.volumespec import parse_volume
 
 State = dict[str, dict[str, str]]

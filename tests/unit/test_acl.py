@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs import acl
+from unionfs.core import acl
 
 USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 1, 2, 4, 16, 32
 NOBODY_ID = 0xFFFFFFFF

@@ -22,8 +22,8 @@ from tests.support.filesystems import FS_KINDS, FsKind, run
 from tests.support.snapshot import assert_same, snapshot
 from tests.support.trees import access_times, assert_equal, extents, rich_tree
 from tests.unit.test_copytree import chain, deep_tree, empty, few_descriptors
-from unionfs import acltext, archive, tarwrite
-from unionfs.archive import Root, Totals
+from unionfs.archives import acltext, archive, tarwrite
+from unionfs.archives.archive import Root, Totals
 from unionfs.errors import VolumeError
 
 ALL = ("--xattrs", "--xattrs-include=*", "--acls")
@@ -523,8 +523,8 @@ def test_depth_is_no_matter(ground: Path) -> None:
 
 MEMORY = """
 import resource, sys
-from unionfs import archive
-from unionfs.archive import Root
+from unionfs.archives import archive
+from unionfs.archives.archive import Root
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[3]), int(sys.argv[3])))
 try:
     archive.{call}
@@ -559,8 +559,8 @@ def test_memory_is_bounded(ground: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from unionfs import archive
-from unionfs.archive import Root
+from unionfs.archives import archive
+from unionfs.archives.archive import Root
 def progress(done, total):
     if done > int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)

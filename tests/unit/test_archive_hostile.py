@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from tests.support import people
 from tests.support.filesystems import remove_tree, run
 from tests.support.snapshot import Snapshot, assert_same, snapshot
-from unionfs import archive
-from unionfs.archive import Root
-from unionfs.archive import zstd as zstd_module
+from unionfs.archives import archive
+from unionfs.archives.archive import Root
+from unionfs.archives.archive import zstd as zstd_module
 from unionfs.errors import VolumeError
 
 END = bytes(1024)
@@ -438,7 +438,7 @@ def test_a_directory_given_twice(ground: Path) -> None:
 
 BOMB = """
 import gzip, io, resource, sys
-from unionfs import archive
+from unionfs.archives import archive
 resource.setrlimit(resource.RLIMIT_AS, (500 << 20, 500 << 20))
 try:
     archive.restore_file(sys.argv[1], [archive.Root("", sys.argv[2])])

@@ -19,8 +19,8 @@ from tests.support import people
 from tests.support.filesystems import FS_KINDS, FsKind, run
 from tests.support.snapshot import assert_same, snapshot
 from tests.support.trees import access_times, assert_equal, rich_tree
-from unionfs.copytree import copy_tree
-from unionfs.dirstack import KEPT, DirStack
+from unionfs.archives.copytree import copy_tree
+from unionfs.archives.dirstack import KEPT, DirStack
 
 
 @contextmanager

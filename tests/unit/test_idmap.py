@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs import acl
+from unionfs.core import acl
 from unionfs.errors import UsageError
 from unionfs.idmap import AS_STORED, IdMap, Range, parse_id, parse_ranges
 

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from unionfs.inodes import UPPER, Dir, InodeTable
+from unionfs.core.inodes import UPPER, Dir, InodeTable
 
 
 def table(tmp_path: Path) -> tuple[InodeTable, Dir]:

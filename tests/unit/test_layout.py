@@ -15,81 +15,59 @@ import unionfs
 
 PACKAGE = Path(unionfs.__file__).parent
 
-# Bottom to top. `_native` is the C extension, which imports nothing.
-ORDER = [
-    *(
-        "_native",
-        "errors",
-        "idmap",
-        "config",
-        "volumespec",
-        "sysio",
-        "acl",
-        "reserve",
-        "inodes",
-        "markers",
-        "slow",
-        "layers",
-        "dirfds",
+# Bottom to top, the packages and the modules in each; "" is the top level. `_native` is the C extension, which imports nothing.
+ROOMS = (
+    ("", ("_native", "errors", "idmap", "config", "volumespec")),
+    (
+        "core",
+        ("sysio", "acl", "reserve", "inodes", "markers", "slow", "layers", "dirfds", "merge", "workdir", "resolve"),
     ),
-    *("merge", "workdir", "resolve", "tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind"),
-    *(
-        "native",
-        "wire",
-        "dispatch",
-        "handles",
-        "patience",
-        "following",
-        "watching",
-        "direct",
-        "bind_direct",
-        "ops",
-        "bind_ops",
-    ),
-    *("mountinfo", "control", "preflight", "kernelbind"),
-    *("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive"),
-    *("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes"),
-    *(
-        "unmount",
-        "notify",
-        "daemon",
-        "inspection",
-        "mountfile",
-        "mount8",
-        "doctor",
-        "podman_cli",
-        "clihelp",
-        "mount_cli",
-        "volume_cli",
-        "cli",
-        "__main__",
-    ),
-]
+    ("core", ("tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind")),
+    ("fuse", ("native", "wire", "dispatch", "handles", "patience", "following", "watching")),
+    ("fuse", ("direct", "bind_direct", "ops", "bind_ops")),
+    ("host", ("mountinfo", "control", "preflight", "kernelbind")),
+    ("archives", ("attributes", "dirstack", "copytree", "acltext", "tarformat", "tarwrite", "tarread", "archive")),
+    ("store", ("volumemodel", "volumedirs", "volumedb", "volumereplace", "volumes", "mountvolumes")),
+    ("service", ("unmount", "notify", "daemon", "inspection")),
+    ("commands", ("mountfile", "mount8", "doctor", "podman_cli", "clihelp", "mount_cli", "volume_cli", "cli")),
+    ("", ("__main__",)),
+)
+ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS for name in names]
 
-CORE = ORDER[1 : ORDER.index("bind") + 1]
+CORE = ORDER[1 : ORDER.index("core.bind") + 1]
 
 # Which modules may import a library; all others may not.
 ALLOWED = {
-    "ctypes": {"sysio"},
-    "pyfuse3": {"dispatch", "ops", "bind_ops", "daemon", "doctor"},
-    "trio": {"dispatch", "patience", "following", "watching", "ops", "bind_ops", "daemon"},
-    "sqlite3": {"volumedb"},
-    "click": {"clihelp", "cli", "mount_cli", "volume_cli"},
-    "rich": {"cli", "volume_cli"},
+    "ctypes": {"core.sysio"},
+    "pyfuse3": {"fuse.dispatch", "fuse.ops", "fuse.bind_ops", "service.daemon", "commands.doctor"},
+    "trio": {
+        *("fuse.dispatch", "fuse.patience", "fuse.following", "fuse.watching", "fuse.ops", "fuse.bind_ops"),
+        "service.daemon",
+    },
+    "sqlite3": {"store.volumedb"},
+    "click": {"commands.clihelp", "commands.cli", "commands.mount_cli", "commands.volume_cli"},
+    "rich": {"commands.cli", "commands.volume_cli"},
 }
 
 # What `unionfs mount` must not load before it has forked the daemon, if ever: each of them costs milliseconds.
 HEAVY = {
     *("pyfuse3", "trio", "rich", "sqlite3", "importlib.metadata", "tempfile", "tomllib", "csv", "subprocess"),
-    *("unionfs.volumes", "unionfs.volume_cli", "unionfs.doctor", "unionfs.unmount", "unionfs.archive", "unionfs.union"),
+    *(
+        "unionfs.store.volumes",
+        "unionfs.commands.volume_cli",
+        "unionfs.commands.doctor",
+        "unionfs.service.unmount",
+        "unionfs.archives.archive",
+        "unionfs.core.union",
+    ),
 }
 
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Every module of the package, parsed, by name."""
-    files = [path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
-    return {path.stem: ast.parse(path.read_text()) for path in files}
+    """Every module of the package, parsed, by its dotted name below the package."""
+    files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    return {".".join(path.with_suffix("").parts): ast.parse((PACKAGE / path).read_text()) for path in files}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -106,8 +84,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 def own_imports(tree: ast.Module) -> set[str]:
     """The modules of this package that a module imports."""
-    parts = [name.split(".") for name in imported(tree)]
-    return {part[1] for part in parts if part[0] == "unionfs" and len(part) > 1} & {*ORDER, *modules()}
+    return {name.removeprefix("unionfs.") for name in imported(tree)} & {*ORDER, *modules()}
 
 
 def test_every_module_has_its_place() -> None:
@@ -134,6 +111,6 @@ def test_the_core_is_synchronous(name: str) -> None:
 
 
 def test_mount_starts_with_little() -> None:
-    code = "import sys, unionfs.cli, unionfs.mount_cli, unionfs.daemon, unionfs.preflight; print(*sys.modules)"
+    code = "import sys, unionfs.commands.cli, unionfs.commands.mount_cli, unionfs.service.daemon, unionfs.host.preflight; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert not HEAVY & set(done.stdout.split())

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from unionfs.markers import (
+from unionfs.core.markers import (
     Format,
     decode_handle,
     decode_nlink,
@@ -16,7 +16,7 @@ from unionfs.markers import (
     encode_protattr,
     parse_redirect,
 )
-from unionfs.sysio import FS_APPEND, FS_IMMUTABLE
+from unionfs.core.sysio import FS_APPEND, FS_IMMUTABLE
 
 UUID = bytes(range(16))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unionfs.merge import DT_CHR, DT_DIR, DT_REG, merge
+from unionfs.core.merge import DT_CHR, DT_DIR, DT_REG, merge
 
 NONE: frozenset[bytes] = frozenset()
 

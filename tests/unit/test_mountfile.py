@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.commands.mountfile import MountFile, read_mount_file
 from unionfs.config import parse_mount
 from unionfs.errors import UsageError
-from unionfs.mountfile import MountFile, read_mount_file
 from unionfs.volumespec import VolumeSpec
 
 WHOLE = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unionfs.podman_cli import split_quoted
+from unionfs.commands.podman_cli import split_quoted
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import pytest
 from tests.support import raw
 from tests.support.mounts import environment
 from tests.support.people import ALICE, REPOSITORY
-from unionfs import control
-from unionfs.copytree import copy_tree
+from unionfs.archives.copytree import copy_tree
 from unionfs.errors import BusyError, LayerError, UsageError, VolumeError
-from unionfs.volumes import Acquired, Store, check_name, parse_options
+from unionfs.host import control
+from unionfs.store.volumes import Acquired, Store, check_name, parse_options
 from unionfs.volumespec import parse_mount_words, parse_volume
 
 
@@ -650,7 +650,7 @@ def test_reading_keeps_a_volume(store: Store) -> None:
 
 CREATE = """
 import sys
-from unionfs.volumes import Store
+from unionfs.store.volumes import Store
 store = Store.open(sys.argv[1])
 for number in range(20):
     print(store.create(f"v{number}").id)
@@ -658,7 +658,7 @@ for number in range(20):
 REMOVE = """
 import sys
 from unionfs.errors import VolumeError
-from unionfs.volumes import Store
+from unionfs.store.volumes import Store
 store = Store.open(sys.argv[1])
 for number in range(20):
     try:

@@ -1,5 +1,5 @@
 /*
- * Names in bind paths (unionfs/bind.py).
+ * Names in bind paths (unionfs/core/bind.py).
  *
  * The host may change a bind path at any time, so the kernel keeps no name of it: most requests there are LOOKUPs of
  * names that lead where they led before. Python says which node it saw last at a name (a hint), and each node's O_PATH

@@ -1,5 +1,5 @@
 /*
- * Files of bind paths: OPEN and CREATE (unionfs/bind.py).
+ * Files of bind paths: OPEN and CREATE (unionfs/core/bind.py).
  *
  * What is plain is answered here, and Python told after the answer is out: it keeps the books while the caller goes on.
  * Plain is a new file of the daemon's own user, or the first handle of a file; without suid and sgid, in a bind path

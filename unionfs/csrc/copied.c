@@ -1,5 +1,5 @@
 /*
- * The metadata-only copy-up of a plain file (unionfs/copyup.py) in one step: a regular lower file with one name, without
+ * The metadata-only copy-up of a plain file (unionfs/core/copyup.py) in one step: a regular lower file with one name, without
  * extended attributes and inode flags that a copy keeps. That is what chmod -R and chown -R do to most of all files.
  *
  * Nothing is published before all is right, and whatever can't be done here is left to Python, errors included: it does

@@ -1,5 +1,5 @@
 /*
- * The short way into Python (unionfs/direct.py).
+ * The short way into Python (unionfs/fuse/direct.py).
  */
 #include "native.h"
 

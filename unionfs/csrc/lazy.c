@@ -1,5 +1,5 @@
 /*
- * Copies whose data follows: the ranges of one file on their way up (unionfs/following.py says when and why).
+ * Copies whose data follows: the ranges of one file on their way up (unionfs/fuse/following.py says when and why).
  *
  * Concept.  A copy is known by its node. While it is under way all handles of the node are descriptors of the copy's
  * *target*, a file that nothing leads to yet. The file is cut into chunks, each of which is

@@ -1,5 +1,5 @@
 /*
- * Entries of a listing about which there is nothing to find out (Resolver.plain_file in unionfs/resolve.py): regular
+ * Entries of a listing about which there is nothing to find out (Resolver.plain_file in unionfs/core/resolve.py): regular
  * files of a lower layer with one name and no extended attribute. They are most of all files, so they are looked at and
  * packed here, many in one call.
  */
@@ -17,7 +17,7 @@
 
 #define LISTXATTRAT 465 /* Linux 6.13, which older headers lack */
 
-enum { INO_BITS = 55 }; /* of a number shown; above them is its file system's (unionfs/inodes.py) */
+enum { INO_BITS = 55 }; /* of a number shown; above them is its file system's (unionfs/core/inodes.py) */
 
 /* The directory of one layer. */
 struct place {
@@ -99,7 +99,7 @@ static bool find_place(PyObject *places, PyObject *layer, struct place *place)
 	return found && PyArg_ParseTuple(found, "iKK", &place->fd, &place->base, &place->device);
 }
 
-/* An unionfs.merge.Entry: (name, layer, st_ino, DT_*). */
+/* An unionfs.core.merge.Entry: (name, layer, st_ino, DT_*). */
 static PyObject *record_of(PyObject *places, PyObject *children, PyObject *position, PyObject *entry, double timeout)
 {
 	PyObject *name = PyTuple_GET_ITEM(entry, 0);

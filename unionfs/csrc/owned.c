@@ -80,7 +80,7 @@ static int set_times(const struct owned *owned, const struct timespec times[2])
 /*
  * How long the kernel may keep attributes. Of a bind path's object that is not open: until the clock's next tick but one,
  * the shortest time that there is. Every use of a path asks for its names, so what the same use needs of attributes is
- * as fresh as that (unionfs/bind.py has the rest).
+ * as fresh as that (unionfs/core/bind.py has the rest).
  */
 double attributes_last(const struct owned *owned)
 {

@@ -1,5 +1,5 @@
 /*
- * Receiving (unionfs/dispatch.py says why).
+ * Receiving (unionfs/fuse/dispatch.py says why).
  */
 #include "native.h"
 

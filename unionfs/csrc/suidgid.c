@@ -1,5 +1,5 @@
 /*
- * The clearing of suid and sgid, which the kernel leaves to us (unionfs/native.py says who does it when).
+ * The clearing of suid and sgid, which the kernel leaves to us (unionfs/fuse/native.py says who does it when).
  */
 #include "native.h"
 

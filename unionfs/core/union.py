@@ -1,0 +1,603 @@
+"""The facade: a union as a set of synchronous operations on nodes, in plain types.
+
+It knows neither pyfuse3 nor trio and can be used on directories without a mount. All of it runs in one thread; each
+operation is atomic to the others, since nothing here awaits. There are no locks to order. The one thing that may run
+elsewhere is the data of a :class:`~unionfs.core.copyup.DataCopy`, during which the node's ``job`` keeps other changes
+of that node away, unless it follows: then writing through handles is the driver's to look after.
+
+Operations raise plain :class:`OSError`, and :class:`~unionfs.core.copyup.DataCopyPending` before anything was changed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import resource
+import stat
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from unionfs.config import MountConfig
+from unionfs.core import acl, index, sysio
+from unionfs.core.copyup import CAPABILITY, CopyUp, DataCopy
+from unionfs.core.dirfds import DirFds
+from unionfs.core.dirops import Caller, DirOps
+from unionfs.core.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
+from unionfs.core.layers import LayerStack
+from unionfs.core.listing import Lister
+from unionfs.core.markers import Format
+from unionfs.core.merge import Entry
+from unionfs.core.protect import Protection
+from unionfs.core.resolve import Resolver
+from unionfs.core.slow import close_anyway
+from unionfs.core.tree import Tree
+from unionfs.core.workdir import WorkDir
+from unionfs.errors import LayerError
+from unionfs.idmap import IdMap
+
+log = logging.getLogger(__name__)
+
+_WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_FINISHED: Final = os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # to open with these a copy whose data follows must be there
+
+
+class Changes(NamedTuple):
+    """What :meth:`Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds.
+
+    *touched* says that both times are to be now, which takes other rights than setting them.
+    """
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+    touched: bool = False
+
+
+_NOTHING: Final = Changes()
+
+_OF_EACH_USE: Final = frozenset((CAPABILITY, acl.ACCESS, acl.DEFAULT, "security.selinux"))
+
+
+def stored(ids: IdMap | None, changes: Changes) -> Changes:
+    """Return changes with the owner to store, given the one to show. Raises OSError, EOVERFLOW."""
+    if ids is None or changes.uid is changes.gid is None:
+        return changes
+    uid = None if changes.uid is None else ids.stored_uid(changes.uid)
+    gid = None if changes.gid is None else ids.stored_gid(changes.gid)
+    return changes._replace(uid=uid, gid=gid)
+
+
+_DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
+_HASH_MASK: Final = (1 << 61) - 1
+
+# Of how many directories, of how many names at most, the last listing is remembered: for readers that come together.
+_MOST_LISTINGS: Final = 32
+_MOST_LISTED: Final = 4096
+
+
+class DirHandle:
+    """An open directory: its listing as it was when reading began.
+
+    Entries come in the order of their *cookies*, which name their places. A cookie is a hash of the name, as in ext4:
+    it stays the same whatever else happens in the directory, so reading can go on in a newer listing.
+    """
+
+    __slots__ = ("again", "cookies", "entries", "kept", "node", "version")
+
+    def __init__(self, node: Dir) -> None:
+        self.node = node
+        self.entries: list[Entry] | None = None
+        self.cookies: list[int] = []  # parallel to entries, ascending
+        self.again = (
+            False  # whether the same listing was read before: the kernel has dropped what it knew, and names too
+        )
+        self.kept = False  # whether the kernel may keep what it reads through this handle
+        self.version = -1  # of the directory when it was read
+
+    def first_after(self, cookie: int) -> int:
+        """Return the index of the first entry that comes after a cookie."""
+        return bisect.bisect_right(self.cookies, cookie)
+
+
+class Union:
+    """One union. Create it with :meth:`open`."""
+
+    def __init__(
+        self, config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format, index_fd: int
+    ) -> None:
+        self.config = config
+        self.fmt = fmt
+        self.layers = layers
+        self.door = layers.door
+        self.work = work
+        self.inodes = InodeTable()
+        for layer in (layers.upper, *layers.lowers):
+            self.inodes.know_device(layer.device if layer is not None else -1)
+        self.dirfds = DirFds(layers, _descriptor_room(len(layers.by_index)))
+        resolver = Resolver(config, layers, self.dirfds, fmt, self.inodes, index_fd)
+        self.resolver = resolver
+        self.tree = Tree(config, layers, self.dirfds, self.inodes, resolver, work, fmt)
+        self.up = CopyUp(self.tree, metacopy=config.metacopy, volatile=config.volatile)
+        self.lister = Lister(self.tree)
+        self.protection = Protection(self.tree, self.up)
+        self.dirs = DirOps(config, self.tree, self.up, self.lister, self.protection)
+        self.open_files: dict[int, Node] = {}
+        self._listings: OrderedDict[Dir, tuple[int, list[int], list[Entry]]] = OrderedDict()
+        self._closed = False
+        self._not_there: set[tuple[int, str]] = set()  # layer, attribute
+
+    @classmethod
+    def open(cls, config: MountConfig) -> Union:
+        """Open the layers of *config* and prepare the work directory.
+
+        Raises LayerError and BusyError for layers that can't be used.
+        """
+        layers = LayerStack.open(config)
+        work: WorkDir | None = None
+        try:
+            userxattr = config.userxattr if config.userxattr is not None else not _may_set_trusted(layers)
+            config = config.with_userxattr(userxattr)
+            fmt = Format(userxattr=userxattr)
+            if layers.upper is not None and not config.read_only and config.work is not None:
+                work = WorkDir(os.dup(layers.work_fd), fmt)
+                work.prepare(config.work, config.whiteout, volatile=config.volatile)
+                layers.upper.wh_files = work.whiteout_form == "wh"
+                index.set_uuid(layers, fmt, config.uuid)
+            index_fd = _open_index(config, layers, work, fmt)
+            union = cls(config, layers, work, fmt, index_fd)
+            if work is not None and index_fd >= 0:
+                index.clean(union.resolver, work, fmt)
+        except OSError as exc:
+            _close(layers, work)
+            raise LayerError(f"{config.upper or config.lowers[0]}: can't prepare the layers: {exc.strerror}") from exc
+        except BaseException:
+            _close(layers, work)
+            raise
+        return union
+
+    def open_to_sync(self) -> int:
+        """Return a descriptor for ``syncfs(2)`` of the file system of upper, -1 where nothing is to be synced."""
+        if self.work is None or self.config.volatile:
+            return -1
+        return os.dup(self.work.fd)
+
+    def close(self) -> None:
+        """Close every descriptor; the locks on the layers go with them."""
+        if self._closed:
+            return
+        self._closed = True
+        for fd in self.open_files:
+            close_anyway(fd)
+        self.open_files.clear()
+        for node in list(self.inodes.nodes.values()):
+            self.tree.bury(node)
+        _close(self.layers, self.work)
+
+    # -- looking --
+
+    def node(self, node_id: int) -> Node:
+        """Return a living node; raises ESTALE for an id that is not known."""
+        try:
+            return self.inodes.nodes[node_id]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def directory(self, node_id: int) -> Dir:
+        """Return a living directory; raises ENOTDIR for another node."""
+        node = self.node(node_id)
+        if not isinstance(node, Dir):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return node
+
+    def readlink(self, node: Node) -> bytes:
+        """Return the target of a symbolic link."""
+        return self.tree.readlink(node)
+
+    def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
+        """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
+        if after <= _DOTS or handle.entries is None:
+            node = handle.node
+            handle.version, handle.cookies, handle.entries = self._listing(node)
+            handle.again, node.listed = node.listed == node.version, node.version
+        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), handle.first_after(after), None)
+
+    def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:
+        """Return a directory's version, cookies and entries; those that were read lately need not be read again."""
+        known = self._listings.get(node)
+        if known is not None and known[0] == node.version:
+            self._listings.move_to_end(node)
+            return known
+        listing = (node.version, *_in_order(self.lister.entries(node)))
+        if len(listing[1]) <= _MOST_LISTED:
+            self._listings[node] = listing
+            if len(self._listings) > _MOST_LISTINGS:
+                self._listings.popitem(last=False)
+        return listing
+
+    def look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
+        """Return the node and stat result of a listed entry, None where it is gone."""
+        node = handle.node
+        return self.tree.look(node, entry.name, entry.layer if handle.version == node.version else 0)
+
+    def places(self, handle: DirHandle) -> dict[int, tuple[int, int, int]]:
+        """Return where a listing's entries can be looked at at once, each in the layer that it comes from.
+
+        By layer: a descriptor of the directory, good until the next request, what the ``st_ino`` shown have above the
+        real ones, and the device. Empty where more is to be asked than the layer.
+        """
+        node = handle.node
+        if self.door.is_slow or (handle.version != node.version and node.is_merged):
+            return {}
+        places = {}
+        for number, fd in zip(node.stack, self.tree.dirfds.fds(node), strict=True):
+            device = self.layers.layer(number).device
+            base = self.inodes.number_base(device)
+            if base is not None:
+                places[number] = fd, base, device
+        return places
+
+    def listed_ino(self, node: Dir, entry: Entry) -> int | None:
+        """Return the ``st_ino`` of a listed entry if the listing is enough to tell, else None.
+
+        Upper objects that were copied up show the number of their origin, merge directories that of their lower part.
+        """
+        child = node.children.get(entry.name)
+        if child is not None:
+            return child.ino
+        if entry.layer == 0 and (not node.is_pure_upper or node.flags & IMPURE):
+            return None
+        layer = self.layers.by_index[entry.layer]
+        return None if layer is None else self.inodes.map_ino(layer.device, entry.ino)
+
+    def statfs(self) -> os.statvfs_result:
+        """Return the file system's figures: upper's, or those of the topmost lower (``ovl_statfs``)."""
+        return self.door.ask((self.layers.upper or self.layers.lowers[0]).fd, ("statfs",), os.fstatvfs, keep=False)
+
+    # -- files --
+
+    def open_file(self, node: Node, flags: int, *, kill_for: Caller | None = None) -> int:
+        """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
+        if node.is_dir:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if self.config.volatile:
+            flags &= ~(os.O_SYNC | os.O_DSYNC)
+        if flags & _WRITE:
+            self.protection.check_open(node, flags)
+        job = node.job
+        if isinstance(job, DataCopy) and job.follows and not flags & _FINISHED:
+            fd = job.open(flags)
+        else:
+            if flags & _WRITE:
+                self.up.node(node, data=True, size=0 if flags & os.O_TRUNC else None)
+            fd = self.tree.open_real(node, flags)
+        if flags & os.O_TRUNC and kill_for is not None:
+            clear_suidgid(fd, kill_for)
+            self.up.notify_changed.append(node)
+        self._opened(node, fd)
+        return fd
+
+    def _opened(self, node: Node, fd: int) -> None:
+        self.open_files[fd] = node
+        if node.handles is None:
+            node.handles = [fd]
+        else:
+            node.handles.append(fd)
+
+    def create_file(
+        self, parent: Dir, name: bytes, mode: int, flags: int, who: Caller
+    ) -> tuple[Node, os.stat_result, int]:
+        """Create a regular file and open it."""
+        if self.config.volatile:
+            flags &= ~(os.O_SYNC | os.O_DSYNC)
+        node, st, fd = self.dirs.create(parent, name, mode, flags, who)
+        self._opened(node, fd)
+        return node, st, fd
+
+    def close_file(self, fd: int) -> None:
+        """Close an open file."""
+        node = self.open_files.pop(fd)
+        assert node.handles is not None
+        at = node.handles.index(fd)
+        opened = node.handles.pop(at)
+        if not node.handles:
+            node.handles = None
+        self.door.close_file(opened)
+        if node.nlookup <= 0:
+            self.tree.forget(node, 0)
+
+    def syncable(self, fd: int) -> bool:
+        """Tell whether fsync of an open file has anything to do."""
+        return not self.config.volatile and self.open_files[fd].is_upper
+
+    def written_nodes(self) -> list[Node]:
+        """Return the files in upper that somebody has open for writing."""
+        found = {
+            node.id: node
+            for fd, node in self.open_files.items()
+            if node.is_upper and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        }
+        return list(found.values())
+
+    def open_for_sync(self, node: Dir) -> int:
+        """Return a descriptor for syncing a directory's upper part, -1 where there is nothing to sync."""
+        if self.config.volatile or not node.is_upper:
+            return -1
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfds.upper(node))
+
+    # -- attributes --
+
+    def setattr(
+        self,
+        node: Node,
+        changes: Changes,
+        fd: int = -1,
+        *,
+        kill_for: Caller | None = None,
+        who: Caller | None = None,
+    ) -> os.stat_result:
+        """Change attributes.
+
+        *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
+        *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
+        """
+        if changes == _NOTHING and who is not None:
+            check_clearing(self.tree.stat(node), who, node.handles or ())
+        elif changes.size is None and (fresh := self.up.plain_file(node)) >= 0:
+            return self._change_fresh(fresh, changes)
+        self._check_protection(node, changes, by_handle=fd in self.open_files)
+        self.up.node(node, data=changes.size is not None, size=changes.size)
+        path, follow = self.tree.path(node), self.tree.follow(node)
+        if changes.size is not None:
+            self._truncate(node, fd, changes.size, kill_for=kill_for)
+        if changes.uid is not None or changes.gid is not None or changes == _NOTHING:
+            # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
+            uid = -1 if changes.uid is None else changes.uid
+            gid = -1 if changes.gid is None else changes.gid
+            os.chown(path, uid, gid, follow_symlinks=follow)
+            if changes == _NOTHING and who is not None and (mode := mode_without_suidgid(self.tree.stat(node), who)):
+                self._chmod(node, mode)
+        if changes.mode is not None:
+            self._chmod(node, changes.mode)
+        if changes.atime is not None or changes.mtime is not None:
+            if follow:
+                sysio.utimens_at(sysio.AT_FDCWD, path, changes.atime, changes.mtime, follow=True)
+            else:
+                dirfd, name = self.tree.place(node)
+                sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
+        return self.tree.stat(node)
+
+    @staticmethod
+    def _change_fresh(fd: int, changes: Changes) -> os.stat_result:
+        """Do the same to a plain file that was copied up for it, and close its descriptor."""
+        try:
+            if changes.uid is not None or changes.gid is not None:
+                os.fchown(fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+            if changes.mode is not None:
+                os.fchmod(fd, stat.S_IMODE(changes.mode))
+            if changes.atime is not None or changes.mtime is not None:
+                sysio.utimens_fd(fd, changes.atime, changes.mtime)
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def _check_protection(self, node: Node, changes: Changes, *, by_handle: bool) -> None:
+        if changes.mode is not None or changes.uid is not None or changes.gid is not None:
+            self.protection.check_change(node)
+        if changes.size is not None:
+            self.protection.check_size(node, by_handle=by_handle)
+        elif changes.touched:
+            self.protection.check_write(node)
+        elif changes.atime is not None or changes.mtime is not None:
+            self.protection.check_change(node)
+
+    def _chmod(self, node: Node, mode: int) -> None:
+        bits = stat.S_IMODE(mode)
+        if self.tree.follow(node):
+            os.chmod(self.tree.path(node), bits)
+        else:
+            dirfd, name = self.tree.place(node)
+            sysio.chmod_at(dirfd, name, bits)
+
+    def _truncate(self, node: Node, fd: int, size: int, *, kill_for: Caller | None) -> None:
+        """Set the size as the caller did: of the two only ftruncate(2) sets the times where the size stays."""
+        if fd in self.open_files:
+            os.ftruncate(fd, size)
+            if kill_for is not None:
+                clear_suidgid(fd, kill_for)
+            return
+        fd = self.tree.open_real(node, os.O_WRONLY)
+        try:
+            self._truncate_path(fd, size)
+            if kill_for is not None:
+                clear_suidgid(fd, kill_for)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _truncate_path(fd: int, size: int) -> None:
+        try:
+            os.truncate(sysio.fd_path(fd), size)
+        except OSError:
+            if os.fstat(fd).st_size != size:
+                raise
+            # The copy-up has left out the rest already: an error would say that nothing has changed.
+
+    def getxattr(self, node: Node, name: str) -> bytes:
+        """Return an extended attribute; the union's own ones are hidden, a user's escaped ones are found."""
+        return self.door.getxattr(self.tree.path(node), self.fmt.to_disk(name), follow_symlinks=self.tree.follow(node))
+
+    def getxattr_of_unchanging(self, node: Node, name: str) -> bytes:
+        """The same where lower layers don't change: what has no attributes at all is not asked for those of each use.
+
+        A layer has said ENODATA once before, or else it might have another error for what it doesn't support.
+        """
+        lacking = node.flags & (PLAIN | UPPER) == PLAIN and name in _OF_EACH_USE
+        if lacking and (node.layer, name) in self._not_there:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        try:
+            return self.getxattr(node, name)
+        except OSError as exc:
+            if lacking and exc.errno == errno.ENODATA:
+                self._not_there.add((node.layer, name))
+            raise
+
+    def listxattr(self, node: Node) -> list[str]:
+        """Return the names of the extended attributes that users may see."""
+        try:
+            names = self.door.listxattr(self.tree.path(node), follow_symlinks=self.tree.follow(node))
+        except OSError as exc:
+            if exc.errno == errno.EOPNOTSUPP:
+                return []
+            raise
+        return [shown for name in names if (shown := self.fmt.to_user(name)) is not None]
+
+    def setxattr(self, node: Node, name: str, value: bytes, flags: int, who: Caller) -> None:
+        """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
+        self.protection.check_change(node)
+        self._need_upper(node)
+        if name == acl.ACCESS and not who.is_root:
+            self._drop_foreign_sgid(node, who)
+        disk = self.fmt.to_disk(name)
+        if len(os.fsencode(disk)) > 255:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        os.setxattr(self.tree.path(node), disk, value, flags, follow_symlinks=self.tree.follow(node))
+
+    def _need_upper(self, node: Node) -> None:
+        """Copy a node up; one that is up is left at that, also if it lacks this name (``ovl_xattr_set``)."""
+        if node.is_upper:
+            self.up.idle(node)
+        else:
+            self.up.node(node, data=False)
+
+    def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
+        """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
+        st = self.tree.stat(node)
+        if st.st_mode & stat.S_ISGID and not in_group(who, st.st_gid):
+            self._chmod(node, st.st_mode & ~stat.S_ISGID)
+
+    def removexattr(self, node: Node, name: str) -> None:
+        """Remove an extended attribute; a lower object that hasn't got it isn't copied up (ENODATA)."""
+        self.protection.check_change(node)
+        disk = self.fmt.to_disk(name)
+        if not node.is_upper:
+            self.door.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+        self._need_upper(node)
+        os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
+
+
+def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
+    """Return cookies and the entries that have them, ascending. Equal hashes count on."""
+    hashed = sorted((_DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
+    cookies = [cookie for cookie, _ in hashed]
+    for at in range(1, len(cookies)):
+        if cookies[at] <= cookies[at - 1]:
+            cookies[at] = cookies[at - 1] + 1
+    return cookies, [entry for _, entry in hashed]
+
+
+def clear_suidgid(fd: int, who: Caller | None) -> None:
+    """Clear what a change of data by an ordinary user clears: set-user-id, and set-group-id of a group-executable file.
+
+    Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``).
+    """
+    st = os.fstat(fd)
+    drop = _suidgid_to_clear(st, who)
+    if drop:
+        os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
+
+
+def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> None:
+    """Raise EPERM for a chown(path, -1, -1) that would clear set-user-id or set-group-id of another's file.
+
+    The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
+    same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
+    """
+    if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
+        return
+    if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
+    """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
+    drop = _suidgid_to_clear(st, who) if not who.is_root and stat.S_ISREG(st.st_mode) else 0
+    return st.st_mode & ~drop if drop else 0
+
+
+def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
+    drop = st.st_mode & stat.S_ISUID
+    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not in_group(who, st.st_gid))):
+        drop |= stat.S_ISGID
+    return drop
+
+
+def in_group(who: Caller, gid: int) -> bool:
+    """Whether a process is in the group that a layer's file has; its other groups are in /proc only."""
+    if who.gid == gid:
+        return True
+    shown = gid if who.ids is None else who.ids.shown_gid(gid)
+    try:
+        with open(f"/proc/{who.pid}/status", encoding="ascii", errors="replace") as lines:
+            groups = next((line for line in lines if line.startswith("Groups:")), "")
+    except OSError:
+        return False
+    return str(shown) in groups.split()[1:]
+
+
+def _descriptor_room(layers: int) -> int:
+    """Return how many descriptors directories may keep: half of what the process may have, bounded."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16 * layers, min(soft // 2, 16384))
+
+
+def _may_set_trusted(layers: LayerStack) -> bool:
+    """Tell whether ``trusted.*`` attributes can be used: it takes CAP_SYS_ADMIN in the first user namespace."""
+    fd = layers.work_fd
+    if fd < 0:
+        return os.geteuid() == 0 and _in_first_user_namespace()
+    name = "trusted.overlay.probe"
+    try:
+        os.setxattr(sysio.fd_path(fd), name, b"")
+        os.removexattr(sysio.fd_path(fd), name)
+    except OSError as exc:
+        return exc.errno not in (errno.EPERM, errno.EACCES)
+    return True
+
+
+def _in_first_user_namespace() -> bool:
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            return lines.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def _open_index(config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format) -> int:
+    """Return the descriptor of the index directory, -1 where there is no index."""
+    if work is None or not config.index or not layers.lowers:
+        return -1
+    if not index.usable(layers):
+        if "index" in config.explicit:
+            log.warning("index=on needs file handles on every layer: hard links of lower files will be separated")
+        return -1
+    work.open_index()
+    if index.belongs(layers, work, fmt, uuid=config.uuid != "off"):
+        return work.index_fd
+    if "index" in config.explicit:
+        raise LayerError(f"the index in {config.work} was made with other layers: mount those, or pass -o index=off")
+    log.warning("the index in %s was made with other layers and is not used", config.work)
+    return -1
+
+
+def _close(layers: LayerStack, work: WorkDir | None) -> None:
+    if work is not None:
+        work.close()
+    layers.close()
