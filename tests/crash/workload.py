@@ -145,6 +145,9 @@ class Script:
     def fsync(self, path: str) -> None:
         self.do(f"fsync {path}", lambda hand: os.fsync(hand.fds[path]), settles=path)
 
+    def fdatasync(self, path: str) -> None:
+        self.do(f"fsync {path}, its data", lambda hand: os.fdatasync(hand.fds[path]), settles=path)
+
     def close(self, path: str) -> None:
         self.steps.append(Step(f"close {path}", lambda hand: hand.close(path), closes=path))
 
@@ -271,6 +274,16 @@ def _overwrite() -> Script:
     s.open("plain/b", os.O_WRONLY)
     s.write("plain/b", content("long", 400_000), 49_000)
     s.close("plain/b")
+    s.open("tree/three", os.O_RDWR)
+    s.write("tree/three", content("within", 200), 300)
+    s.fdatasync("tree/three")
+    s.close("tree/three")
+    # Another file's fsync takes the size along, and not the data.
+    s.open("plain/c", os.O_WRONLY | os.O_APPEND)
+    s.write("plain/c", content("third", 300))
+    s.create("plain/beside", 100)
+    s.fsync("plain/c")
+    s.close("plain/c")
     return s
 
 
@@ -287,6 +300,10 @@ def _attributes() -> Script:
     s.setxattr("attrs/d", "user.more", b"more")
     s.chown("odd/link", ALICE, STAFF)
     s.chmod("odd/fifo", 0o600)
+    s.chmod("plain/top", 0o600)
+    s.open("plain/top", os.O_RDONLY)
+    s.fsync("plain/top")
+    s.close("plain/top")
     s.put("plain/b", os.O_WRONLY, content("later", 1000), 100_000, completes=True)
     s.truncate("plain/a", 100, completes=True)
     s.put("plain/c", os.O_WRONLY | os.O_APPEND, b"appended", completes=True)

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from tests.crash.site import Site, State, fits, layer_faults, leftovers, seen, touched
 from tests.crash.workload import CHAPTERS, Hand
-from tests.power.cuts import Cut, Replay, Write, choose, read_log, remove
+from tests.power.cuts import Cut, Replay, Write, choose, may_hold, read_log, remove
 from tests.support import raw
 from tests.support.disks import disk
 from tests.support.filesystems import have_own_mounts, run
@@ -44,7 +44,6 @@ MKFS: Final = {
     "ext4": (["mkfs.ext4", "-q", "-F", "-E", "nodiscard"], "256M"),
     "xfs": (["mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"], "320M"),
 }
-SECTOR: Final = 512
 
 
 class Wrong(Exception):
@@ -134,12 +133,20 @@ class Run:
             try:
                 Look(self, chapter, words, recording, writes, cut).look()
             except (Wrong, AssertionError, MountRefused, OSError) as error:
-                self.wrong.append(f"{mode}, {chapter}, {cut}: {type(error).__name__}: {error}")
+                self.wrong.append(f"{mode}, {chapter}, {cut}: {type(error).__name__}: {error}{self._kept()}")
                 if len(self.wrong) >= self.options.most_wrong:
                     return
             if time.monotonic() > end and self.options.cuts is None:
                 break
         remove(durable, self.ground.image)
+
+    def _kept(self) -> str:
+        """Keep the image of a cut after which something was wrong, if that is asked for; say where."""
+        if self.options.keep is None:
+            return ""
+        kept = self.options.keep / f"wrong-{len(self.wrong)}.image"
+        run("cp", "--sparse=always", str(self.ground.image), str(kept))
+        return f"; {kept}"
 
     def record(self, chapter: str, words: str, *, syncing: bool) -> tuple[Recording, list[Write]]:
         """Do a chapter on a disk that remembers; *syncing*: and sync its file system all the while."""
@@ -233,17 +240,17 @@ class Look:
         self.site, self.ground, self.chapter, self.words = of.site, of.ground, chapter, words
         self.steps, self.states = CHAPTERS[chapter], of.site.states(chapter)
         position = writes[cut.after - 1].end if cut.after else 0
-        confirmed = [entry for entry in recording.confirmed if entry[0] <= position]
-        self.first = max((steps for _, steps, _ in confirmed), default=0)
+        self.confirmed = [(steps, path) for grown, steps, path in recording.confirmed if grown <= position]
+        self.first = max((steps for steps, _ in self.confirmed), default=0)
         self.last = sum(begun < position for begun in recording.begun)
-        self.dirty = self._dirty(confirmed)
+        self.dirty = self._dirty()
 
-    def _dirty(self, confirmed: Sequence[tuple[int, int, str]]) -> set[str]:
+    def _dirty(self) -> set[str]:
         """The files of which not all data that was written is on the disk for sure."""
         dirty: set[str] = set()
         for number, step in enumerate(self.steps[: self.last]):
             words = step.text.split()
-            if step.writes and not any(steps > number and path in ("", step.writes) for _, steps, path in confirmed):
+            if step.writes and not any(steps > number and path in ("", step.writes) for steps, path in self.confirmed):
                 dirty.add(step.writes)
             if words[0] == "rename" and words[1] in dirty:
                 dirty.add(words[2])
@@ -262,14 +269,14 @@ class Look:
             finally:
                 union.umount()
             if bad := [line for line in union.log.read_text().splitlines() if BAD_LOG.search(line)]:
-                raise Wrong(f"the mount says: {bad[:3]}")
+                raise Wrong(f"the mount says: {bad}")
             if faults := leftovers(self.site.work) + layer_faults(self.site.upper, self.site.work):
                 raise Wrong("; ".join(faults))
             overlay = self.site.overlay(self.chapter, self.words)
             overlay.mount()
             try:
                 if lines := differences(tree, seen(self.site.mnt)):
-                    raise Wrong(f"kernel overlayfs shows {len(lines)} differences: {lines[:6]}")
+                    raise Wrong(f"kernel overlayfs shows {len(lines)} differences: {lines}")
             finally:
                 overlay.umount()
 
@@ -282,7 +289,7 @@ class Look:
         begun = self.steps[self.last - 1].text if self.last else "nothing"
         raise Wrong(
             f"between {self.first} and {self.last} steps (the last begun: {begun}), not synced: {sorted(self.dirty)}; "
-            f"{len(nearest)} differences from the nearest state: {nearest[:6]}"
+            f"{len(nearest)} differences from the nearest state: {nearest}"
         )
 
     def _fits(self, tree: Snapshot, number: int) -> bool:
@@ -302,18 +309,13 @@ class Look:
         )
 
     def _is_mixed(self, path: str, tree: Snapshot) -> bool:
-        """Whether each sector of a file is one that it had at some time."""
+        """Whether the content of a file is made of what was written to it since it was synced."""
         if os.fsencode("/" + path) not in tree:
             return True
-        found = (self.site.mnt / path).read_bytes()
-        versions = [state.data[path] for state in self.states[: self.last + 1] if path in state.data]
-        if not versions:
-            return True
-        return all(
-            any(found[at : at + SECTOR] == data[at : at + SECTOR][: len(found) - at] for data in versions)
-            or not any(found[at : at + SECTOR])
-            for at in range(0, len(found), SECTOR)
-        )
+        synced = max((steps for steps, what in self.confirmed if what in ("", path)), default=0)
+        had = [(at, state.data[path]) for at, state in enumerate(self.states[: self.last + 1]) if path in state.data]
+        versions = [data for at, data in had if at <= synced][-1:] + [data for at, data in had if at > synced]
+        return not versions or may_hold((self.site.mnt / path).read_bytes(), versions)
 
 
 def _without(tree: Snapshot, paths: set[bytes]) -> Snapshot:
@@ -361,6 +363,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fs", choices=list(MKFS), default="ext4", help="the disk's file system (default: ext4)")
     parser.add_argument("--dir", default="/dev/shm", help="where the images lie; 2 GiB free (default: /dev/shm)")
     parser.add_argument("--seed", type=int, default=None, help="for the same choices once more")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="where to keep the disk after a cut that lost something"
+    )
     parser.add_argument("--most-wrong", type=int, default=10, help="end after so many losses (default: 10)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)

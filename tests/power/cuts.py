@@ -3,6 +3,10 @@
 Certain is only what was written before the last flush that had come to the disk. Of what was written after it, any part
 may be there: all, nothing, some writes and not others, in any order, and of one write the first sectors only. A sector is the
 4096 bytes that today's disks write as a whole: ext4 relies on it, whose superblock is two of 512.
+
+Of a file whose data is not synced yet any part may be there likewise (`may_hold`). Its size may have come to the disk without
+its data: ext4 commits the new size of a file with whatever is synced next if the file's last block is not a new one
+(`ext4_da_do_write_end`), and what was appended in that block reads as zeros.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from tests.support.disks import FLUSH, RECORD
 Kept = Literal["nothing", "all", "some"]
 KEPT: tuple[Kept, ...] = ("nothing", "all", "some")
 SECTOR = 4096
+GRAIN = 512
+"""How much of a file is of one version at least: the smallest block of a file system."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,19 @@ def choose(writes: Sequence[Write], begin: int, count: int | None, chance: rando
     if count is not None and count < len(cuts):
         cuts = chance.sample(cuts, count)
     return sorted(cuts, key=lambda cut: cut.after)
+
+
+def may_hold(found: bytes, versions: Sequence[bytes]) -> bool:
+    """Whether a file that had one content after the other, the first of which is synced, may have this one.
+
+    Each piece is that of a version; behind the end of one that was shorter there may be zeros.
+    """
+
+    def fits(at: int) -> bool:
+        piece = found[at : at + GRAIN]
+        return any(data[at : at + len(piece)].ljust(len(piece), b"\0") == piece for data in versions)
+
+    return all(fits(at) for at in range(0, len(found), GRAIN))
 
 
 def _ends_with_flush(writes: Sequence[Write], at: int) -> bool:

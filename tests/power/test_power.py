@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from tests.power.cuts import SECTOR, Cut, Replay, Write, choose, read_log
+from tests.power.cuts import GRAIN, SECTOR, Cut, Replay, Write, choose, may_hold, read_log
 from tests.support.disks import FLUSH, RECORD
 
 
@@ -42,3 +42,15 @@ def test_cuts_are_at_flushes_and_between(tmp_path: Path) -> None:
     assert [cut.kept for cut in every if cut.after == 5] == ["nothing"]
     assert len([cut for cut in every if cut.after == 4]) == 3
     assert len(choose(writes, 20, 3, random.Random(1))) == 3
+
+
+def test_what_a_file_that_is_not_synced_may_hold() -> None:
+    size = 3 * GRAIN
+    old, new = b"o" * (size + 100), b"o" * GRAIN + b"n" * (size - GRAIN + 300)
+    mixed = old[: 2 * GRAIN] + new[2 * GRAIN :]
+    for found in (old, new, mixed, new[:size], old + bytes(200), new[:size] + old[size:] + bytes(200)):
+        assert may_hold(found, [old, new])
+    torn = new[: GRAIN + 10] + old[GRAIN + 10 :]
+    for found in (torn, old + b"x" * 200, old + bytes(199) + b"x", bytes(GRAIN) + old[GRAIN:], new + b"n"):
+        assert not may_hold(found, [old, new])
+    assert may_hold(bytes(size), [b"", new])

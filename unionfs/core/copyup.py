@@ -4,6 +4,9 @@ Parents first. Each object is built in work, complete, and published with one re
 lower object showing. The order within an object matters: data, then owner (both clear security.capability), then
 attributes and ACLs, then mode (chown clears suid), then times.
 
+Data is synced before it is published, and the name that it gets, or the mark that goes, comes to the disk when the file
+system likes, or with the next fsync of the file. With fdatasync too (`CopyUp._tie_name`): the file had its name before.
+
 A regular file whose data isn't needed yet (chmod, rename, ...) is copied *metadata only*: an upper file with the
 ``metacopy`` attribute and the right size. Its data follows at the first write, in place, and the attribute goes last.
 
@@ -63,6 +66,7 @@ CopyPlain = Callable[
     [int, bytes, int, int, int, bytes | None, str, str], tuple[int, int, int] | None
 ]  # native.copy_plain
 _NO_FLAGS: Final = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
+_EXT4: Final = 0xEF53
 
 
 class DataCopyPending(Exception):
@@ -278,6 +282,7 @@ class CopyUp:
         self.copies = 0
         self.copy_plain: CopyPlain | None = None  # set by a driver that can copy metadata in one step
         self._heads: dict[int, bytes] = {}
+        self._ties_names = tree.work is not None and not volatile and sysio.file_system_type(tree.work.fd) == _EXT4
 
     @property
     def work(self) -> WorkDir | None:
@@ -476,7 +481,7 @@ class CopyUp:
             return
         source = self.tree.open_real(node, os.O_RDONLY)
         try:
-            target = self._open_upper(node, os.O_RDWR)
+            target = self.open_upper(node, os.O_RDWR)
         except BaseException:
             self.tree.door.close_file(source)
             raise
@@ -564,11 +569,14 @@ class CopyUp:
             node.flags |= META
         else:
             self._forget_lower_data(node)
+            if st.st_size:
+                self._tie_name(target)
 
     def complete_meta(self, node: Node, target: int) -> None:
         """End the data copy of a metacopy file by taking its mark away."""
         path = sysio.fd_path(target)
         os.removexattr(path, self.tree.fmt.metacopy)
+        self._tie_name(target)
         self._forget_lower_data(node)
         self.reopen_handles(node)
         self.notify_changed.append(node)
@@ -591,9 +599,32 @@ class CopyUp:
         to_fd = self.tree.dirfds.upper(parent)
         with self._parent_times(to_fd):
             sysio.rename(self._work().fd, name, to_fd, node.name, 0)
+        self._tie_name(target)
         self.tree.inodes.renumber_upper(node, os.fstat(target).st_ino)
         self._forget_lower_data(node)
         self.notify_changed.append(node)
+
+    def _tie_name(self, target: int) -> None:
+        """Have fdatasync of a file that was just published make durable that it was.
+
+        On ext4 fdatasync waits for the last transaction that the data needs, to which a link, a rename or an attribute
+        doesn't belong: what it confirms would be gone after a power cut, because the lower file shows again. So it is
+        with O_DSYNC and msync, which don't come by here. An allocation does belong to it (`ext4_alloc_file_blocks`),
+        also that of a block which is there already.
+        """
+        if not self._ties_names:
+            return
+        with contextlib.suppress(OSError):
+            if os.fstat(target).st_size == 0:
+                sysio.allocate_again(target, 0)
+                os.ftruncate(target, 0)  # which frees the block; the file was cut just now anyway
+                return
+            try:
+                sysio.allocate_again(target, os.lseek(target, 0, os.SEEK_DATA))
+            except OSError as exc:
+                if exc.errno != errno.ENXIO:
+                    raise
+                os.fsync(target)  # all of it is a hole, and shall be one
 
     def _forget_lower_data(self, node: Node) -> None:
         node.flags &= ~META
@@ -602,8 +633,8 @@ class CopyUp:
         if data >= 0:
             os.close(data)
 
-    def _open_upper(self, node: Node, flags: int) -> int:
-        """Open the upper inode of a metacopy file itself."""
+    def open_upper(self, node: Node, flags: int) -> int:
+        """Open the upper inode of a metacopy file itself; *flags* are those of ``open(2)``. Raises OSError."""
         if node.anchor >= 0:
             return os.open(sysio.fd_path(node.anchor), flags | os.O_CLOEXEC)
         dirfd, name = self.tree.place(node)
@@ -616,7 +647,7 @@ class CopyUp:
         the descriptor stays and what is behind it is exchanged.
         """
         for fd in node.handles or ():
-            fresh = self._open_upper(node, os.O_RDONLY)
+            fresh = self.open_upper(node, os.O_RDONLY)
             os.dup2(fresh, fd, inheritable=False)
             os.close(fresh)
 

@@ -606,6 +606,12 @@ def punch_hole(fd: int, size: int) -> None:
         raise _fail()
 
 
+def allocate_again(fd: int, at: int) -> None:
+    """Allocate the block at an offset, in bytes, without a change of size (``fallocate(2)``, FALLOC_FL_KEEP_SIZE)."""
+    if _fallocate(fd, _KEEP_SIZE, at, 1) != 0:
+        raise _fail()
+
+
 _FICLONE: Final = 0x40049409
 _COPY_CHUNK: Final = 1 << 20
 _NO_CLONE: Final = frozenset((errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY))

@@ -326,10 +326,15 @@ class Union:
         }
         return list(found.values())
 
-    def open_for_sync(self, node: Dir) -> int:
-        """Return a descriptor for syncing a directory's upper part, -1 where there is nothing to sync."""
+    def open_for_sync(self, node: Node) -> int:
+        """Return a descriptor for syncing what upper has of a directory, or of a file of which it has no data.
+
+        -1 where there is nothing to sync. Raises OSError.
+        """
         if self.config.volatile or not node.is_upper:
             return -1
+        if not isinstance(node, Dir):
+            return self.up.open_upper(node, os.O_RDONLY)
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfds.upper(node))
 
     # -- attributes --

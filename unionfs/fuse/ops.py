@@ -506,15 +506,22 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make a file durable, off the loop; what follows must be there for that."""
+        node = self._union.open_files[fh]
         if not self._union.config.volatile:
-            await self._following.settle(self._union.open_files[fh])
-        if self._union.syncable(fh):
+            await self._following.settle(node)
+        if node.flags & META:
+            if not datasync:
+                await self._sync(node)  # the handle is one of the lower file's data
+        elif self._union.syncable(fh):
             await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fh)
 
     @handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make a directory's entries durable, off the loop."""
-        fd = self._union.open_for_sync(self._dir_handles[fh].node)
+        await self._sync(self._dir_handles[fh].node)
+
+    async def _sync(self, node: Node) -> None:
+        fd = self._union.open_for_sync(node)
         if fd >= 0:
             try:
                 await trio.to_thread.run_sync(os.fsync, fd)
