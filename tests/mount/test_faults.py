@@ -170,6 +170,32 @@ def test_no_descriptor_left(ours: Stack, spare: int) -> None:
             os.close(fd)
 
 
+@pytest.mark.expected_log("Too many open files")
+def test_read_without_a_descriptor_left(ours: Stack) -> None:
+    """What is open can be read, also where the host has nothing of it in its cache."""
+    for number in range(2 * LIMIT):
+        (ours.lower / f"f{number}").write_bytes(BIG[:5000] if number < 20 else b"")
+    root = ours.mount("passthrough=off", under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
+    opened: list[int] = []
+    try:
+        assert open_all(root, opened) in (errno.EMFILE, errno.ENFILE)
+        for number in range(20):
+            uncache(ours.lower / f"f{number}")
+        assert {outcome(lambda fd=fd: os.pread(fd, 5000, 0)) for fd in opened[:20]} == {0}
+        assert {os.pread(fd, 5000, 0) for fd in opened[:20]} == {BIG[:5000]}
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def uncache(path: Path) -> None:
+    """Have the host forget the content of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
 def limit_memory(pid: int, limit: str) -> None:
     """Set how much address space a process may have."""
     run("prlimit", "--pid", str(pid), f"--as={limit}")

@@ -23,10 +23,26 @@ static void reply_length(fuse_req_t req, ssize_t length, int error)
 		fuse_reply_write(req, (size_t)length);
 }
 
-/* A second descriptor of a file: what is behind the number of a handle may be exchanged while a job waits. */
-static int second_descriptor(int fd)
+/*
+ * Give a job a second descriptor of the file that it reads, and let it wait: what is behind the number of a handle may be
+ * exchanged meanwhile. Where there is no descriptor left it is done at once, and everybody else waits.
+ */
+static void submit_with_descriptor(struct job job, int fd)
 {
-	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	job.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	job.own_fd = job.fd >= 0;
+	if (job.own_fd) {
+		submit(&job);
+	} else {
+		job.fd = fd;
+		job.run(&job);
+	}
+}
+
+static void close_own(const struct job *job)
+{
+	if (job->own_fd)
+		close(job->fd);
 }
 
 /* See to it that a range of a file whose data follows is there; gives the reference back. Returns an errno. */
@@ -45,13 +61,11 @@ static void run_read(const struct job *job)
 	void *buffer = NULL;
 	ssize_t n;
 
-	if (!error && job->fd < 0)
-		error = EMFILE;
 	if (!error)
 		error = posix_memalign(&buffer, PAGE, job->size);
 	if (error) {
 		fuse_reply_err(job->req, error);
-		close(job->fd);
+		close_own(job);
 		return;
 	}
 	do
@@ -62,7 +76,7 @@ static void run_read(const struct job *job)
 	else
 		fuse_reply_buf(job->req, buffer, (size_t)n);
 	free(buffer);
-	close(job->fd);
+	close_own(job);
 }
 
 /*
@@ -90,14 +104,8 @@ void serve_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct f
 	if (n >= 0)
 		fuse_reply_buf(req, buffer, (size_t)n);
 	else
-		submit(&(struct job){
-			.run = run_read,
-			.req = req,
-			.fd = second_descriptor((int)fi->fh),
-			.off = off,
-			.size = size,
-			.lazy = lazy,
-		});
+		submit_with_descriptor((struct job){.run = run_read, .req = req, .off = off, .size = size, .lazy = lazy},
+				       (int)fi->fh);
 }
 
 static void write_all(fuse_req_t req, int fd, const char *buf, size_t size, off_t off, int flags)
@@ -239,14 +247,12 @@ static void run_copy_file_range(const struct job *job)
 	ssize_t n = -1;
 
 	error = error ? error : error_out;
-	if (!error && job->fd < 0)
-		error = EMFILE;
 	while (n < 0 && (!error || error == EINTR)) {
 		n = copy_file_range(job->fd, &off, job->fd_out, &off_out, job->size, (unsigned)job->mode);
 		error = n < 0 ? errno : 0;
 	}
 	reply_length(job->req, n, error);
-	close(job->fd);
+	close_own(job);
 }
 
 /* Errors such as EXDEV go back as they are: the kernel then copies through the page cache. */
@@ -257,18 +263,19 @@ void serve_copy_file_range(fuse_req_t req, fuse_ino_t ino_in, off_t off_in,
 	counters[COPY_FILE_RANGE]++;
 	lazy_wrote(ino_out);
 	remove_suidgid_unless_root(req, ino_out, (int)fi_out->fh);
-	submit(&(struct job){
-		.run = run_copy_file_range,
-		.req = req,
-		.fd = second_descriptor((int)fi_in->fh),
-		.off = off_in,
-		.fd_out = (int)fi_out->fh,
-		.off_out = off_out,
-		.size = length,
-		.mode = flags,
-		.lazy = lazy_missing(ino_in, off_in, length),
-		.lazy_out = lazy_missing(ino_out, off_out, length),
-	});
+	submit_with_descriptor(
+		(struct job){
+			.run = run_copy_file_range,
+			.req = req,
+			.off = off_in,
+			.fd_out = (int)fi_out->fh,
+			.off_out = off_out,
+			.size = length,
+			.mode = flags,
+			.lazy = lazy_missing(ino_in, off_in, length),
+			.lazy_out = lazy_missing(ino_out, off_out, length),
+		},
+		(int)fi_in->fh);
 }
 
 /* close(2) on an overlay has nothing to do and no error to report; after ENOSYS the kernel never asks again. */

@@ -111,6 +111,7 @@ struct job {
 	fuse_req_t req;
 	uint64_t unique; /* in place of req, of a request that libfuse has not seen */
 	int fd, fd_out;
+	bool own_fd; /* fd is the job's to close */
 	off_t off, off_out;
 	size_t size;
 	int mode;
