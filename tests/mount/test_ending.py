@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import StackMaker
 from tests.mount.posix.table import fails
 from tests.mount.test_lazy import DATA, Held, held, published, start, still_waits  # noqa: F401  # held is a fixture
 from tests.support.cli import Said, unionfs
@@ -158,6 +160,26 @@ def test_what_was_written_to_a_mapping_is_kept(ours: Stack, options: str) -> Non
         assert (ours.up / name).read_bytes()[4090:4100] == b"0123456789", name
     for mapped in maps:
         mapped.close()
+
+
+@pytest.mark.parametrize("options", ["", "passthrough=off", "native=off"])
+def test_what_was_written_to_a_mapping_in_a_bind_path_is_kept(make_stack: StackMaker, options: str) -> None:
+    bound = make_stack("bind", options=options)
+    (bound.below / "old").write_bytes(bytes(8192))
+    bound.mount()
+    (bound.inside / "new").write_bytes(bytes(8192))
+    with ExitStack() as maps:
+        for name in ("old", "new"):
+            fd = os.open(bound.inside / name, os.O_RDWR)
+            mapped = maps.enter_context(mmap.mmap(fd, 8192))
+            os.close(fd)
+            mapped[4090:4100] = b"0123456789"
+        daemon = bound.daemon()
+        os.kill(daemon, signal.SIGTERM)
+        assert wait_gone(daemon)
+        bound.mounted = False
+        for name in ("old", "new"):
+            assert (bound.below / name).read_bytes()[4090:4100] == b"0123456789", name
 
 
 def test_one_of_several_daemons_that_start_at_once(ours: Stack, ground: Path) -> None:

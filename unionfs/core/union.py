@@ -317,14 +317,9 @@ class Union:
         """Tell whether fsync of an open file has anything to do."""
         return not self.config.volatile and self.open_files[fd].is_upper
 
-    def written_nodes(self) -> list[Node]:
-        """Return the files in upper that somebody has open for writing."""
-        found = {
-            node.id: node
-            for fd, node in self.open_files.items()
-            if node.is_upper and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        }
-        return list(found.values())
+    def written_nodes(self) -> set[int]:
+        """Return the ids of the files in upper that somebody has open for writing."""
+        return {node.id for fd, node in self.open_files.items() if node.is_upper and may_write(fd)}
 
     def open_for_sync(self, node: Node) -> int:
         """Return a descriptor for syncing what upper has of a directory, or of a file of which it has no data.
@@ -506,6 +501,11 @@ def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
         if cookies[at] <= cookies[at - 1]:
             cookies[at] = cookies[at - 1] + 1
     return cookies, [entry for _, entry in hashed]
+
+
+def may_write(fd: int) -> bool:
+    """Tell whether a descriptor is open for writing. Raises OSError."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def clear_suidgid(fd: int, who: Caller | None) -> None:

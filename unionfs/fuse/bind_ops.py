@@ -35,7 +35,7 @@ from unionfs.core import protect
 from unionfs.core.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
 from unionfs.core.inodes import Dir, Node
 from unionfs.core.merge import Entry
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import DirHandle, Union, may_write
 from unionfs.fuse import native
 from unionfs.fuse.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.fuse.ops import UnionOperations, forget_entry, handler, wanted_changes
@@ -90,6 +90,10 @@ class BindingOperations(UnionOperations):
             await super().run(task_status)
         finally:
             self.detach_all()
+
+    def written(self) -> set[int]:
+        """Return the node ids of what somebody has open for writing."""
+        return super().written() | {node.id for fd, node in self._binds.open_files.items() if may_write(fd)}
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""

@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -108,6 +108,16 @@ def forget_inode(node_id: int) -> None:
         pyfuse3.invalidate_inode(node_id)
 
 
+def _forget_data(node_ids: Iterable[int]) -> None:
+    """Have the kernel forget the data of files, once it has written what is new in it.
+
+    Not in the loop: it waits for requests (``fuse_reverse_inval_inode``).
+    """
+    for node_id in node_ids:
+        with contextlib.suppress(OSError):
+            pyfuse3.invalidate_inode(node_id, attr_only=False)
+
+
 class UnionOperations(pyfuse3.Operations):
     """Serves one union to the kernel."""
 
@@ -147,7 +157,7 @@ class UnionOperations(pyfuse3.Operations):
             union,
             self.patience,
             invalidate_changed=self._invalidate_changed,
-            invalidate_data=self._invalidate_data,
+            invalidate_data=lambda node: _forget_data({node.id}),
         )
         union.up.offload = True
         self.answering = trio.Event()  # the kernel's INIT has come: from now on the mount answers
@@ -197,11 +207,11 @@ class UnionOperations(pyfuse3.Operations):
         mapping may still be in the kernel's page cache then, which the end of the session would throw away.
         """
         await self._following.finish()
-        await trio.to_thread.run_sync(self._flush, self._union.written_nodes())
+        await trio.to_thread.run_sync(_forget_data, self.written())
 
-    def _flush(self, nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            self._invalidate_data(node)
+    def written(self) -> set[int]:
+        """Return the node ids of what somebody has open for writing."""
+        return self._union.written_nodes()
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""
@@ -298,14 +308,6 @@ class UnionOperations(pyfuse3.Operations):
             self._invalidations += 1
             with contextlib.suppress(OSError):
                 pyfuse3.invalidate_inode(node.id, attr_only=True)
-
-    def _invalidate_data(self, node: Node) -> None:
-        """Have the kernel forget a file's data too, once it has written what is new in it.
-
-        Not in the loop: it waits for requests (``fuse_reverse_inval_inode``).
-        """
-        with contextlib.suppress(OSError):
-            pyfuse3.invalidate_inode(node.id, attr_only=False)
 
     async def _settle(self, job: DataCopy) -> None:
         """Run a copy of data in a thread, or let it follow, or wait for whoever does."""
