@@ -316,7 +316,8 @@ class CopyUp:
     def node(self, node: Node, *, data: bool, size: int | None = None) -> None:
         """Make sure that a node is in upper, with its data if *data*; of that only *size* bytes if given.
 
-        Raises DataCopyPending for a long copy, EROFS in a read-only union, else what the layers raise.
+        Raises DataCopyPending for a long copy, EROFS in a read-only union, ENOMEM where the copy could be left half
+        done, else what the layers raise.
         """
         self._work()
         self.idle(node)
@@ -325,6 +326,7 @@ class CopyUp:
             if data and node.flags & META:
                 self._complete(node, size)
             return
+        self.tree.inodes.reserve.before_change()
         if isinstance(node, Dir):
             self.directory(node)
         elif node.fmt == stat.S_IFREG:

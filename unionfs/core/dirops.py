@@ -91,6 +91,12 @@ class DirOps:
             raise _error(errno.EROFS)
         return self._tree.work
 
+    def _begin(self) -> WorkDir:
+        """Make sure that a change may be made and needn't stop in the midst. Raises EROFS, ENOMEM."""
+        work = self._work()
+        self._tree.inodes.reserve.before_change()
+        return work
+
     # -- create --
 
     def create(self, parent: Dir, name: bytes, mode: int, flags: int, who: Caller) -> tuple[Node, os.stat_result, int]:
@@ -116,6 +122,7 @@ class DirOps:
     def _make(self, parent: Dir, name: bytes, mode: int, who: Caller, made: _Maker) -> tuple[Node, os.stat_result]:
         """Create an object with the owner, mode and ACLs that the kernel would give it (``ovl_create_object``)."""
         work = self._work()
+        self._tree.inodes.reserve.check()
         self._check_name(name)
         self._protection.check_write(parent)
         self._up.directory(parent)
@@ -159,7 +166,7 @@ class DirOps:
         st = os.fstat(made.fd) if made.fd >= 0 else os.stat(name, dir_fd=upper, follow_symlinks=False)
         device = self._tree.layers.layer(0).device
         node = self._tree.inodes.add(
-            self._tree.inodes.map_ino(device, st.st_ino), stat.S_IFMT(st.st_mode), parent, name
+            self._tree.inodes.map_ino(device, st.st_ino), stat.S_IFMT(st.st_mode), parent, name, made=True
         )
         parent.version += 1
         node.rino = st.st_ino
@@ -232,7 +239,7 @@ class DirOps:
 
     def link(self, node: Node, parent: Dir, name: bytes) -> None:
         """Give a file one more name (``ovl_link``)."""
-        work = self._work()
+        work = self._begin()
         self._check_name(name)
         self._protection.check_write(parent)
         self._protection.check_change(node)
@@ -265,7 +272,7 @@ class DirOps:
 
     def unlink(self, parent: Dir, name: bytes) -> None:
         """Remove a name that is no directory's (``ovl_unlink``)."""
-        self._work()
+        self._begin()
         node = self._tree.need(parent, name)
         if node.is_dir:
             raise _error(errno.EISDIR, name)
@@ -362,7 +369,7 @@ class DirOps:
 
     def rmdir(self, parent: Dir, name: bytes) -> None:
         """Remove an empty directory; one that holds only whiteouts is empty (``ovl_rmdir``)."""
-        work = self._work()
+        self._begin()
         node = self._tree.need(parent, name)
         if not isinstance(node, Dir):
             raise _error(errno.ENOTDIR, name)
@@ -380,7 +387,6 @@ class DirOps:
         except BaseException:
             self._tree.dirfds.drop(node)
             raise
-        del work
         self._gone_dir(node, parent, name)
 
     def _gone_dir(self, node: Dir, parent: Dir, name: bytes) -> None:
@@ -452,7 +458,7 @@ class DirOps:
         RENAME_WHITEOUT, which overlayfs refuses, leaves a whiteout at the old name. Raises EXDEV for a directory
         with a lower part where redirects are off, or whose redirect would be too long.
         """
-        self._work()
+        self._begin()
         self._check_name(new_name)
         exchange = bool(flags & sysio.RENAME_EXCHANGE)
         if flags & ~7 or (exchange and flags & (sysio.RENAME_NOREPLACE | sysio.RENAME_WHITEOUT)):

@@ -215,8 +215,15 @@ class InodeTable:
             self.retired.add(node.id)
         return True
 
-    def add(self, ino: int, fmt: int, parent: Dir, name: bytes) -> Node:
-        """Create a node and give it its first name."""
+    def add(self, ino: int, fmt: int, parent: Dir, name: bytes, *, made: bool = False) -> Node:
+        """Create a node and give it its first name.
+
+        *made*: for a new object. Whoever makes one calls `reserve.check` before.
+
+        Raises OSError: ENOMEM, there is no room for a new node; not if *made*.
+        """
+        if not made:
+            self.reserve.check()
         node_id = self._free_id(ino)
         node = Dir(node_id, ino, parent, name) if fmt == stat.S_IFDIR else Node(node_id, ino, fmt, parent, name)
         self.nodes[node_id] = node
@@ -226,7 +233,7 @@ class InodeTable:
     def plain(self, ino: int, rino: int, parent: Dir, name: bytes, layer: int) -> Node | None:
         """Return the node of a regular file with one name and no attribute, as it is or a new one.
 
-        None where there is more to it: a living node of that number is another's, or in use.
+        None where there is more to it: a living node of that number is another's, or in use. Raises OSError: ENOMEM.
         """
         known = self.nodes.get(ino)
         if known is not None:
@@ -236,6 +243,7 @@ class InodeTable:
             )
         if name in parent.children or ino in self.retired or (not layer and rino in self._by_upper):
             return None
+        self.reserve.check()
         node = self.nodes[ino] = parent.children[name] = Node(ino, ino, stat.S_IFREG, parent, name)
         node.layer, node.rino = layer, rino
         node.flags = PLAIN if layer else UPPER | PROTECTION_KNOWN

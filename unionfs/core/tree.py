@@ -165,7 +165,6 @@ class Tree:
             if known is not None and known.fmt == fmt:
                 self.named(known, parent, name)
                 return known
-        self.inodes.reserve.check()
         node = self.inodes.add(ino, fmt, parent, name)
         node.layer, node.rino = found.layer, found.st.st_ino
         node.flags = (
@@ -204,7 +203,6 @@ class Tree:
         if known is not None and known.fmt == stat.S_IFREG:  # the directory has two places in the union
             self.named(known, parent, name)
             return known, st if known.job is None else self.stat(known)
-        self.inodes.reserve.check()
         node = self.inodes.add(ino, stat.S_IFREG, parent, name)
         node.layer, node.rino, node.flags = layer, st.st_ino, PLAIN
         return node, st

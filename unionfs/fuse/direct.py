@@ -517,7 +517,10 @@ class Direct:
         if record is None or len(record[2]) > room:
             return None
         ino, rino, packed = record
-        node = self._union.inodes.plain(ino, rino, parent, entry.name, entry.layer)
+        try:
+            node = self._union.inodes.plain(ino, rino, parent, entry.name, entry.layer)
+        except OSError:
+            return None  # there is no memory: it is listed without attributes
         if node is None:
             return None
         node.nlookup += 1

@@ -152,6 +152,7 @@ class UnionOperations(pyfuse3.Operations):
         union.door.stat_opened = config.upper is None or config.lower == "watch"
         self._invalidations = 0
         self._memory_silent_until = 0.0
+        self._inodes.reserve.on_spent = self._say_out_of_memory
         self.patience = Patience(union.door)
         self._following = Following(
             union,
@@ -232,8 +233,11 @@ class UnionOperations(pyfuse3.Operations):
 
     def out_of_memory(self) -> None:
         """Have what is needed from now on from what was kept back for that."""
+        self._inodes.reserve.spend()
+
+    def _say_out_of_memory(self) -> None:
         now = time.monotonic()
-        if self._inodes.reserve.spend() and now >= self._memory_silent_until:
+        if now >= self._memory_silent_until:
             self._memory_silent_until = now + _SAY_AGAIN_SECONDS
             log.error("out of memory: nothing but what is in use can be had until the kernel has forgotten some inodes")
 
