@@ -51,7 +51,7 @@ def file_system(directory: Path) -> str:
 def programs() -> dict[str, str]:
     """The versions of the programs that do the work, as they say it."""
     found = {}
-    for name in ("find", "grep", "dd", "ls", "tar", "rm", "git", "fio"):
+    for name in ("find", "grep", "dd", "ls", "tar", "rm", "git", "fio", "runc"):
         if shutil.which(name):
             done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
             found[name] = done.stdout.partition("\n")[0]

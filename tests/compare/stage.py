@@ -4,7 +4,7 @@ A stage is one new directory, and everything is below it:
 
     layers/base, layers/top   the two lower layers; `tree` is spread over both, so that its directories are merged
     bare                      what both together show, as plain files: for the bare file system
-    source                    what workloads take in from outside: a tar archive, a git repository
+    source                    what workloads take in from outside: a tar archive, an image, a git repository
     site-N                    upper, work and merged of one sample
 
 *Parts* are pieces of lower content, made when a workload first asks for them, from this Python's own library and from
@@ -272,6 +272,26 @@ def _volume(stage: Stage) -> dict[str, object]:
     return described
 
 
+def _image(stage: Stage) -> dict[str, object]:
+    """A tar of a root in which busybox works; it has the files of the archive, as a package that is installed."""
+    stage.need("archive")
+    root = stage.base / "image"
+    for name in ("bin", "dev", "etc", "proc", "run", "source", "sys", "tmp", "usr/lib/package"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "", root / "bin/busybox")
+    for name in ("sh", "true", "cat", "cp", "echo", "mkdir", "mv", "rm", "seq", "tail", "tar"):
+        (root / "bin" / name).symlink_to("busybox")
+    _write(root / "usr/lib/database", b"".join(b"package %d\n" % number for number in range(5000)))
+    owned = ("--numeric-owner", "--owner=0", "--group=0")
+    for words in (
+        ("-x", "-f", str(stage.source / "tree.tar"), "-C", str(root / "usr/lib/package")),
+        ("-c", "-f", str(stage.source / "image.tar"), *owned, "-C", str(root), "."),
+    ):
+        subprocess.run(["tar", *words], check=True)
+    remove(root)
+    return stage.described["archive"]
+
+
 def _repository(stage: Stage) -> dict[str, object]:
     """A bare git repository with two commits."""
     work = stage.base / "repository"
@@ -298,7 +318,8 @@ _MAKERS: dict[str, Callable[[Stage], dict[str, object]]] = {
     "one": _one,
     "volume": _volume,
     "archive": _archive,
+    "image": _image,
     "repository": _repository,
 }
-IN_SOURCE: Set[str] = {"archive", "repository"}
+IN_SOURCE: Set[str] = {"archive", "image", "repository"}
 """Parts that lie in no layer."""

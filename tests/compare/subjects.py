@@ -157,7 +157,7 @@ class FuseOverlayfs(Subject):
     uncached = ("timeout=0",)
 
     def version(self) -> str:
-        found = re.search(r"^fuse-overlayfs: version (.+)$", _ask(self._program(), "--version"), re.MULTILINE)
+        found = re.search(r"^fuse-overlayfs: version (.+)$", ask(self._program(), "--version"), re.MULTILINE)
         if not found:
             raise Unavailable(f"{self._program()} doesn't say that it is fuse-overlayfs")
         return f"fuse-overlayfs {found[1]}"
@@ -166,7 +166,7 @@ class FuseOverlayfs(Subject):
         return [self._program(), "-o", _layers(site, options), str(site.merged)]
 
     def _program(self) -> str:
-        return _find("fuse-overlayfs")
+        return find("fuse-overlayfs")
 
 
 class UnionfsFuse(Subject):
@@ -191,7 +191,7 @@ class UnionfsFuse(Subject):
     @staticmethod
     def asked(*command: str) -> str:
         """The version of unionfs-fuse that a command says it is; empty if it is something else."""
-        found = re.search(r"^unionfs-fuse version: *(\S+)", _ask(*command, "--version"), re.MULTILINE)
+        found = re.search(r"^unionfs-fuse version: *(\S+)", ask(*command, "--version"), re.MULTILINE)
         return found[1] if found else ""
 
 
@@ -202,7 +202,7 @@ class Ours(Subject):
     uncached = ("timeout=0",)
 
     def version(self) -> str:
-        return ", ".join(_ask(*self.unionfs("--version")).split("\n")).strip(", ")
+        return ", ".join(ask(*self.unionfs("--version")).split("\n")).strip(", ")
 
     def command(self, site: Site, options: Sequence[str]) -> list[str]:
         lowers, layers = ":".join(map(str, site.lowers)), (str(site.upper), str(site.merged))
@@ -222,14 +222,16 @@ def _layers(site: Site, options: Sequence[str]) -> str:
     return ",".join((f"lowerdir={lowers}", f"upperdir={site.upper}", f"workdir={site.work}", *options))
 
 
-def _find(program: str) -> str:
+def find(program: str) -> str:
+    """The path of an installed program. Raises Unavailable."""
     found = shutil.which(program, path="/usr/bin:/usr/local/bin:/bin")
     if not found:
         raise Unavailable(f"not installed (Debian and Ubuntu: apt install {program})")
     return found
 
 
-def _ask(*words: str) -> str:
+def ask(*words: str) -> str:
+    """What a program says on both its outputs."""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout + done.stderr
 

@@ -1,13 +1,15 @@
-"""What can be measured, in two suites, and what of it a command line asks for.
+"""What can be measured, in three suites, and what of it a command line asks for.
 
-`unions` is the comparison with others; `volumes` compares places in and beside one union of ours.
+`unions` is the comparison with others; `volumes` compares places in and beside one union of ours; `podman` what podman does over
+the one or the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tests.compare.podman import STORES, podman_workloads
 from tests.compare.stage import Sizes, Stage
 from tests.compare.subjects import SUBJECTS, Subject, Unavailable
 from tests.compare.volumes import PLACES, volume_workloads
@@ -50,23 +52,40 @@ SUITES = (
             *(("bind-cached", "upper"), ("bind-cached", "copy-up")),
         ),
     ),
+    Suite(
+        "Podman",
+        STORES,
+        podman_workloads,
+        (("podman-unionfs", "podman-overlayfs"), ("podman-unionfs", "podman-fuse-overlayfs")),
+    ),
 )
 
 
 @dataclass
 class Chosen:
-    """What of a suite is to be run; `left_out` says what can't be, and why, one line each."""
+    """What of a suite is to be run; `left_out` says what can't be, and why, one line for each reason."""
 
     suite: Suite
     subjects: dict[Subject, str] = field(default_factory=dict)
     workloads: list[Workload] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Note what can't be run: reasons by name."""
+        for reason in dict.fromkeys(reasons.values()):
+            names = [name for name, why in reasons.items() if why == reason]
+            self.left_out.append(f"{', '.join(names)}: {reason}")
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is something to run."""
+        return bool(self.subjects and self.workloads)
+
 
 def choose(
     stage: Stage, subjects: Sequence[str] | None, only: Sequence[str] | None, *, full: bool, rootless: bool
 ) -> list[Chosen]:
-    """What is to be run, by suite.
+    """What is to be run, by suite; suites of which nothing is, but for a reason, are among them.
 
     Args:
         subjects: names, with options after a `+`; None for all.
@@ -84,10 +103,10 @@ def choose(
         _choose_workloads(each, stage.sizes, only, full=full)
         if each.workloads:
             _choose_subjects(each, stage, subjects, rootless=rootless)
-    chosen = [each for each in chosen if each.workloads and (each.subjects or each.left_out)]
-    if not any(each.subjects for each in chosen):
-        raise Refused("nothing is left to measure; --list has the names of subjects and workloads")
-    return chosen
+    if not any(each.is_left for each in chosen):
+        reasons = [line for each in chosen for line in each.left_out]
+        raise Refused(f"nothing is left to measure; {'; '.join(reasons) or '--list has the names of all'}")
+    return [each for each in chosen if each.is_left or each.left_out]
 
 
 def subject_names() -> set[str]:
@@ -102,16 +121,19 @@ def _check_names(what: str, names: Sequence[str], known: set[str]) -> None:
 
 
 def _choose_workloads(chosen: Chosen, sizes: Sizes, only: Sequence[str] | None, *, full: bool) -> None:
+    missing = {}
     for each in chosen.suite.workloads(sizes):
         wanted = each.name in only or (each.group in only and not each.full) if only else full or not each.full
         if wanted and each.missing():
-            chosen.left_out.append(f"{each.name}: {each.missing()}")
+            missing[each.name] = each.missing()
         elif wanted:
             chosen.workloads.append(each)
+    chosen.leave_out(missing)
 
 
 def _choose_subjects(chosen: Chosen, stage: Stage, names: Sequence[str] | None, *, rootless: bool) -> None:
     kinds = {kind.kind: kind for kind in chosen.suite.subjects}
+    missing = {}
     for name in kinds if names is None else names:
         kind, *options = name.split("+")
         if kind in kinds:
@@ -119,4 +141,5 @@ def _choose_subjects(chosen: Chosen, stage: Stage, names: Sequence[str] | None, 
             try:
                 chosen.subjects[subject] = subject.version()
             except Unavailable as why:
-                chosen.left_out.append(f"{name}: {why}")
+                missing[name] = str(why)
+    chosen.leave_out(missing)

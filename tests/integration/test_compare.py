@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.compare.stage import QUICK, Stage
 from tests.compare.subjects import UnionfsFuse
+from tests.compare.suites import Refused, choose
 from tests.support.cli import Said, program
 from tests.support.mounts import environment, mounted_below
 from tests.support.people import REPOSITORY
@@ -108,6 +111,33 @@ def test_volumes_on_a_file_system_of_its_own(ground: Path, room: Path) -> None:
     assert os.listdir(room) == []
 
 
+def test_podman(ground: Path, room: Path) -> None:
+    """A container runs on a new store of each kind; what isn't installed is told in one line."""
+    words = ("--quick", "--only", "podman-run", "--subjects", "podman-overlayfs,podman-unionfs", "--dir", room)
+    said = compare(*words, "--json", ground / "result.json")
+    assert os.listdir(room) == []
+    if missing := [name for name in ("podman", "runc", "busybox") if not shutil.which(name)]:
+        why = f"podman-run: {' and '.join(missing)} not installed"
+        assert said == Said(2, "", f"compare: nothing is left to measure; {why}\n")
+        return
+    assert said.status == 0, said.err
+    [each] = measurements(json.loads((ground / "result.json").read_text())).values()
+    assert each["fails"] == {}
+    assert set(each["medians"]) == {"podman-overlayfs", "podman-unionfs"}
+    assert not list(Path("/run").glob("unionfs-compare-*"))
+
+
+def test_what_is_left_out_for_one_reason_is_one_line(ground: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a suite of which nothing can be measured keeps no other from it."""
+    monkeypatch.setenv("PATH", str(room))
+    stage = Stage(ground / "stage", QUICK)
+    with pytest.raises(Refused, match=r"podman-run, podman-build, podman-update, podman-commit: podman and runc and"):
+        choose(stage, None, ["podman"], full=False, rootless=False)
+    unions, podman = choose(stage, ["bare"], ["find", "podman"], full=False, rootless=False)
+    assert (unions.is_left, podman.is_left) == (True, False)
+    assert len(podman.left_out) == 1
+
+
 def test_interrupted(ground: Path, room: Path) -> None:
     """What was measured until then is reported, and nothing is left."""
     words = ["--quick", "--rounds", "1000", "--only", "fstat", "--subjects", "unionfs", "--dir", str(room)]
@@ -153,7 +183,7 @@ def test_lists_and_explains() -> None:
     """What --list names is what --only and --subjects take."""
     said = compare("--list")
     assert said.status == 0
-    for name in ("overlayfs", "unionfs-fuse", "bind-kernel", "rm-lower", "volume-tar"):
+    for name in ("overlayfs", "unionfs-fuse", "bind-kernel", "rm-lower", "volume-tar", "podman-build"):
         assert f"  {name} " in said.out
     assert "cold" in compare("--help").out
 
