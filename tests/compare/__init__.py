@@ -1,8 +1,9 @@
 """`scripts/compare`: how fast this project is beside kernel overlayfs, its FUSE peers, and the bare file system.
 
-A *subject* is something that can be mounted (`subjects`), a place in a union (`volumes`) or a store of podman's (`podman`). A *workload* is complete work done there by ordinary programs
-(`workloads`). The *stage* is the directory where it all happens: it holds the *parts* of the lower layers, made once and the
-same for all subjects, and for each sample a *site* with a fresh upper, work and mount point (`stage`).
+A *subject* is something that can be mounted (`subjects`), a place in a union (`volumes`) or a store of podman's (`podman`). A
+*workload* is complete work done there by ordinary programs (`workloads`). The *stage* is the directory where it all happens: it
+holds the *parts* of the lower layers, made once and the same for all subjects, and for each sample a *site* with a fresh upper,
+work and mount point (`stage`).
 
 One *sample* is: new site, mount, prepare (untimed), run (timed), check (untimed), unmount, remove. A *round* takes one sample
 of every workload on every subject, the subjects following one another directly and in another order each round, so that
