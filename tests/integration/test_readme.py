@@ -16,7 +16,7 @@ from tests.compare.stage import Sizes
 from tests.compare.suites import SUITES, subject_names
 from tests.support.mounts import environment
 from tests.support.people import REPOSITORY
-from tests.support.readme import indented, run, section
+from tests.support.readme import indented, quoted, run, section, tables
 
 RUN = ("A first union in a minute", "Volumes", "mount(8), fstab and systemd")
 """Sections whose commands are run, here and in test_readme_volumes.py."""
@@ -29,8 +29,17 @@ ELSEWHERE = {
 }
 """Commands that need more than a test machine has, and what stands in for them."""
 
+INSTALLED = r"""
+    for place in /sbin /usr/local/bin; do
+        mkdir -p /srv/over$place/upper /srv/over$place/work
+        mount -t overlay -o lowerdir=$(realpath $place),upperdir=/srv/over$place/upper,workdir=/srv/over$place/work \
+            overlay $(realpath $place)
+    done
+"""
+"""Lays overlays over a /sbin and a /usr/local/bin, in which links can be made."""
+
 COMMAND = re.compile(
-    r"(unionfs|make|mkdir|echo|cat|ls|rm|touch|tar|ln|mount|umount|cp|systemctl|podman|apt|pip|scripts/\S+|\w+=\S+ make)\s"
+    r"(unionfs|unionfs-overlay|fusermount3|make|mkdir|echo|cat|ls|rm|touch|tar|ln|mount|umount|cp|systemctl|podman|apt|pip|scripts/\S+|\w+=\S+ make)\s"
 )
 
 
@@ -81,7 +90,6 @@ def test_a_whole_mount_in_a_file(ground: Path) -> None:
 
 
 def test_mount8_and_fstab(ground: Path) -> None:
-    """With the two links made in a /sbin and a /usr/local/bin over which an overlay lies."""
     (ground / ".venv").mkdir()
     (ground / ".venv/bin").symlink_to(Path(sys.executable).parent)
     lines = [
@@ -91,23 +99,37 @@ def test_mount8_and_fstab(ground: Path) -> None:
     fstab = next(line for line in indented(section("mount(8), fstab and systemd")) if line.startswith("work "))
     (ground / "fstab").write_text(fstab + "\n")
     own = """
-        for place in /sbin /usr/local/bin; do
-            mkdir -p /srv/over$place/upper /srv/over$place/work
-            mount -t overlay -o lowerdir=$(realpath $place),upperdir=/srv/over$place/upper,workdir=/srv/over$place/work \\
-                overlay $(realpath $place)
-        done
         mkdir -p /srv/app /srv/base /srv/changes /srv/.work; echo below > /srv/base/file
     """
     mount, umount = lines[2:]
     look = "findmnt -n -o SOURCE,FSTYPE /mnt; cat /mnt/file; echo more >> /mnt/file"
     fstab_mount = "mount -T fstab /mnt; cat /mnt/file; findmnt -n -o SOURCE,FSTYPE /mnt; umount /mnt"
-    said = run("\n".join([own, *lines[:2], mount, look, umount, fstab_mount, "pyunionfs --version"]), ground)
+    said = run("\n".join([INSTALLED, own, *lines[:2], mount, look, umount, fstab_mount, "pyunionfs --version"]), ground)
     assert [line.split() for line in said.splitlines() if line.endswith(" fuse.unionfs")] == [
         ["NAME", "fuse.unionfs"],
         ["work", "fuse.unionfs"],
     ]
     assert said.splitlines().count("more") == 1
     assert (REPOSITORY / "share/unionfs@.service").is_file()
+
+
+COMING = section("Coming from overlayfs, fuse-overlayfs or Docker").split("\n### ")[1:]
+
+
+@pytest.mark.parametrize("text", COMING, ids=[text.partition("\n")[0] for text in COMING])
+def test_coming_from_elsewhere(ground: Path, text: str) -> None:
+    """The middle column, from top to bottom."""
+    own = f"""
+        mkdir -p /srv/data app base/app changes work merged mine own other-changes other third-changes third new
+        ln -s {shlex.quote(str(Path(sys.executable).parent / "mount.fuse.unionfs"))} /sbin/
+        unionfs-overlay() {{ "$PYTHON" -c "from unionfs.__main__ import overlay; overlay()" "$@"; }}
+        leave() {{ ! mountpoint -q own || unionfs umount own; clear; }}
+        trap leave EXIT
+    """
+    (table,) = tables(text)
+    lines = [command for row in table for command in quoted(row[1]) if COMMAND.match(command)]
+    assert len(lines) >= len(table) - 3
+    run("\n".join([INSTALLED, own, *lines]), ground)
 
 
 @pytest.fixture

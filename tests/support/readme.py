@@ -28,6 +28,20 @@ def section(title: str) -> str:
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables in a text, each a list of rows without its head; cells as they stand there."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+        rows = [re.split(r" *(?<!\\)\| *", line.strip())[1:-1] for line in block.splitlines()]
+        found.append([[cell.replace("\\|", "|") for cell in row] for row in rows[2:]])
+    return found
+
+
+def quoted(text: str) -> list[str]:
+    """What stands between backticks."""
+    return re.findall(r"`([^`]+)`", text)
+
+
 def indented(text: str) -> list[str]:
     """The lines of the code blocks in a text."""
     return [line.strip() for line in re.findall(r"^    (.*)$", text, re.MULTILINE) if line.strip()]

@@ -44,7 +44,7 @@ BLOCKS: list[Block] = [
             "lowerdir=, upperdir=, workdir=, lowerdir+=, datadir+=",
         ],
     ),
-    ("Options of -o: mount(8)'s", ["ro, nosuid, nodev, noexec, sync, dirsync, noatime"]),
+    ("Options of -o: mount(8)'s", ["ro, nosuid, nodev, noexec, sync, dirsync, noatime, and their opposites"]),
     (
         "Options of -o: this program's",
         [
@@ -58,6 +58,8 @@ BLOCKS: list[Block] = [
             ("noacl", "no POSIX ACLs"),
             ("whiteout=KIND", "how removals are marked: auto, char, xattr, wh"),
             ("native=off", "file data goes through Python"),
+            ("slow_lower=auto|on|off", "lowers on slow storage hold up only who needs something of them"),
+            ("lower=watch", "changes of lowers are noticed while they are mounted"),
             ("passthrough=off", "the kernel does not read and write files of upper by itself"),
         ],
     ),
