@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import click
 
 from tests.support.readme import quoted, section, tables
-from unionfs import errors, podman_cli
-from unionfs.cli import root
+from unionfs import errors
+from unionfs.commands import podman_cli
+from unionfs.commands.cli import root
+from unionfs.commands.mount_cli import BLOCKS, mount
+from unionfs.commands.volume_cli import volume
 from unionfs.config import is_known, known_options
-from unionfs.mount_cli import BLOCKS, mount
-from unionfs.volume_cli import volume
 
 COMMAND_LINE = section("Command line")
 MOUNT = COMMAND_LINE.partition("### `unionfs mount")[2].partition("\n### ")[0]
