@@ -346,7 +346,7 @@ def _report(tallies: dict[str, Tally], error: str, *, as_json: bool) -> None:
         return
     table = Table(title="fio verify on a union")
     for heading in ("mode", "rounds", "minutes", "copy-ups", "GiB verified by fio", "GiB compared", "wrong bytes"):
-        table.add_column(heading, justify="left" if heading == "mode" else "right")
+        table.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=heading == "mode")
     for mode, tally in tallies.items():
         table.add_row(
             mode,
