@@ -22,7 +22,7 @@ ROOMS = (
         "core",
         ("sysio", "acl", "reserve", "inodes", "markers", "slow", "layers", "dirfds", "merge", "workdir", "resolve"),
     ),
-    ("core", ("tree", "listing", "copyup", "protect", "index", "dirops", "union", "bind")),
+    ("core", ("tree", "listing", "metadata", "copyup", "protect", "index", "dirops", "union", "bind")),
     ("fuse", ("native", "wire", "dispatch", "handles", "patience", "following", "watching")),
     ("fuse", ("direct", "bind_direct", "ops", "bind_ops")),
     ("host", ("mountinfo", "control", "preflight", "kernelbind")),

@@ -47,26 +47,22 @@ from unionfs.core.inodes import (
     Dir,
     Node,
 )
-from unionfs.core.markers import encode_nlink, encode_protattr, get_xattr, is_fd_path, list_xattrs
+from unionfs.core.markers import encode_nlink, get_xattr, list_xattrs
+from unionfs.core.metadata import CAPABILITY, COPIED_FLAGS, Metadata, inode_flags, set_mode_and_times
 from unionfs.core.slow import SlowFd, WouldBlock
 from unionfs.core.tree import STRIP_OPEN, Tree
 from unionfs.core.workdir import WorkDir, set_impure
 
 OFFLOAD_BYTES: Final = 4 << 20
 
-CAPABILITY: Final = "security.capability"
-_MUST_COPY: Final = ("security.", "system.posix_acl_")
 _SECOND: Final = 1_000_000_000
 _CLOCK_REALTIME_COARSE: Final = 5  # the `time` module has no name for it
-_COPIED_FLAGS: Final = sysio.FS_SYNC | sysio.FS_NOATIME  # OVL_COPY_FS_FLAGS_MASK
-_PROTECTION: Final = sysio.FS_IMMUTABLE | sysio.FS_APPEND
 # Flags that say how the file system stores a file (extents, inline data): not anybody's wish.
 _STORAGE_FLAGS: Final = 0x80000 | 0x10000000
-CopyPlain = Callable[
-    [int, bytes, int, int, int, bytes | None, str, str], tuple[int, int, int] | None
-]  # native.copy_plain
-_NO_FLAGS: Final = frozenset((errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL))
 _EXT4: Final = 0xEF53
+
+# `native.copy_plain`, which is above this module.
+CopyPlain = Callable[[int, bytes, int, int, int, bytes | None, str, str], tuple[int, int, int] | None]
 
 
 class DataCopyPending(Exception):
@@ -252,28 +248,12 @@ def _now() -> int:
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
 
 
-def _inode_flags(path: bytes) -> int:
-    """Return the flags of a file or directory; 0 where it can't be opened, or has none. May run in a thread."""
-    follow = 0 if is_fd_path(path) else os.O_NOFOLLOW
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | follow)
-    except OSError:
-        return 0
-    try:
-        return sysio.get_inode_flags(fd)
-    except OSError as exc:
-        if exc.errno not in _NO_FLAGS:
-            raise
-        return 0
-    finally:
-        os.close(fd)
-
-
 class CopyUp:
     """Copies nodes up."""
 
     def __init__(self, tree: Tree, *, metacopy: bool, volatile: bool) -> None:
         self.tree = tree
+        self.metadata = Metadata(tree)
         self.metacopy = metacopy
         self.volatile = volatile
         self.offload = False  # set by a driver that can run DataCopy elsewhere
@@ -281,7 +261,6 @@ class CopyUp:
         self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
         self.copies = 0
         self.copy_plain: CopyPlain | None = None  # set by a driver that can copy metadata in one step
-        self._heads: dict[int, bytes] = {}
         self._ties_names = tree.work is not None and not volatile and sysio.file_system_type(tree.work.fd) == _EXT4
 
     @property
@@ -366,15 +345,15 @@ class CopyUp:
         source = self.tree.door.fd_path(fds[0])
         st = self.tree.door.fstat(fds[0])
         to_fd = dirfds.upper(parent)
-        self._foresee(node, source, st)
+        self.metadata.foresee(node, source, st)
         with work.temp_entry() as temp, self._parent_times(to_fd):
             os.mkdir(temp, 0o700, dir_fd=work.fd)
             upper = os.open(temp, sysio.O_PATH_DIR, dir_fd=work.fd)
             try:
                 target = sysio.fd_path(upper)
-                self._copy_metadata(source, st, target, follow_source=True, follow=True)
-                self._set_origin(node.stack[0], fds[0], b"", target)
-                self._set_mode_and_times(st, upper)
+                self.metadata.copy(source, st, target, follow_source=True, follow=True)
+                self.metadata.set_origin(node.stack[0], fds[0], b"", target)
+                set_mode_and_times(st, upper)
                 self._mark_impure(parent, to_fd)
                 sysio.rename(work.fd, temp, to_fd, node.name, sysio.RENAME_NOREPLACE)
             except BaseException:
@@ -393,7 +372,7 @@ class CopyUp:
         source = self.tree.path(node)
         follow_source = self.tree.follow(node)
         st = self.tree.stat(node)
-        self._foresee(node, source, st)
+        self.metadata.foresee(node, source, st)
         link = self.tree.readlink(node) if stat.S_ISLNK(st.st_mode) else b""
         with work.temp_entry() as temp:
             if link:
@@ -401,11 +380,11 @@ class CopyUp:
             else:
                 os.mknod(temp, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work.fd)
             target = sysio.entry_path(work.fd, temp)
-            rino = self._copy_metadata(source, st, target, follow_source=follow_source, follow=False)
+            rino = self.metadata.copy(source, st, target, follow_source=follow_source, follow=False)
             if not stat.S_ISLNK(st.st_mode):
                 sysio.chmod_at(work.fd, temp, stat.S_IMODE(st.st_mode))
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
-            origin = self._mark_origin(node, st, target, follow=False)
+            origin = self.metadata.mark_origin(node, st, target, follow=False)
             self._place(node, st, rino, work.fd, temp, origin)
         self.name_indexed(node)
 
@@ -421,7 +400,7 @@ class CopyUp:
         st = self.tree.stat(node)
         whole = st.st_size
         wanted = whole if size is None else min(size, whole)
-        self._foresee(node, self.tree.path(node), st)
+        self.metadata.foresee(node, self.tree.path(node), st)
         if data and wanted:
             cut = wanted < whole
             self._copy_to_temp(node, wanted, cut=cut, may_follow=not cut and self._may_follow(node, whole))
@@ -450,7 +429,7 @@ class CopyUp:
             return -1
         to_fd = tree.dirfds.upper(parent)
         self._mark_impure(parent, to_fd)
-        head = self._origin_head(node.layer) if tree.resolver.decodes_handles else None
+        head = self.metadata.origin_head(node.layer) if tree.resolver.decodes_handles else None
         source_fd = tree.dirfds.fd(parent, node.layer)
         made = self.copy_plain(
             source_fd, node.name, node.rino, to_fd, work.fd, head, tree.fmt.origin, tree.fmt.metacopy
@@ -461,12 +440,6 @@ class CopyUp:
         node.flags |= META | PROTECTION_KNOWN
         self._became_upper(node, rino)
         return fd
-
-    def _origin_head(self, layer: int) -> bytes:
-        head = self._heads.get(layer)
-        if head is None:
-            head = self._heads[layer] = self.tree.resolver.origin_head(self.tree.layers.layer(layer))
-        return head
 
     def _complete(self, node: Node, size: int | None) -> None:
         """Bring the data of a metacopy file up (``ovl_copy_up_meta_inode_data``).
@@ -507,7 +480,7 @@ class CopyUp:
             return False
         if node.flags & UPPER and node.ino == self.tree.inodes.map_ino(self.tree.layers.layer(0).device, node.rino):
             return False
-        if node.flags & UPPER and _inode_flags(self.tree.path(node)) & ~(_COPIED_FLAGS | _STORAGE_FLAGS):
+        if node.flags & UPPER and inode_flags(self.tree.path(node)) & ~(COPIED_FLAGS | _STORAGE_FLAGS):
             return False
         return CAPABILITY not in self.tree.door.list_xattrs(self.tree.path(node))
 
@@ -557,9 +530,9 @@ class CopyUp:
         path = sysio.fd_path(target)
         if size is not None and size:
             os.ftruncate(target, size)
-        rino = self._copy_metadata(source, st, path, follow_source=self.tree.follow(node), follow=True, fd=target)
+        rino = self.metadata.copy(source, st, path, follow_source=self.tree.follow(node), follow=True)
         # Origin first: where an inode has room for one attribute, the one that stays should be in it.
-        origin = self._mark_origin(node, st, path, follow=True)
+        origin = self.metadata.mark_origin(node, st, path, follow=True)
         if metacopy:
             os.setxattr(target, self.tree.fmt.metacopy, b"")
         os.fchmod(target, stat.S_IMODE(st.st_mode))
@@ -595,7 +568,7 @@ class CopyUp:
         for attribute in list_xattrs(source):
             if attribute != self.tree.fmt.metacopy:
                 os.setxattr(target, attribute, os.getxattr(source, attribute, follow_symlinks=False))
-        self._copy_inode_flags(source, st, sysio.fd_path(target))
+        self.metadata.copy_inode_flags(source, st, sysio.fd_path(target))
         os.fchmod(target, stat.S_IMODE(st.st_mode))
         sysio.utimens_fd(target, st.st_atime_ns, mtime or st.st_mtime_ns)
         to_fd = self.tree.dirfds.upper(parent)
@@ -654,26 +627,6 @@ class CopyUp:
             os.close(fresh)
 
     # -- steps --
-
-    def _foresee(self, node: Node, source: bytes, st: os.stat_result) -> None:
-        """Ask a slow layer for all that the copy of a node takes, before anything is made."""
-        door = self.tree.door
-        if not door.is_slow or node.flags & UPPER:
-            return
-        door.foresee(source, lambda name: not self.tree.fmt.is_private(name))
-        if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
-            door.ask_path(source, ("flags",), _inode_flags)
-        if isinstance(node, Dir):
-            self.tree.origin_value(node.stack[0], self.tree.dirfds.fds(node)[0], b"")
-        elif not node.flags & UNLINKED:
-            self.tree.origin_value(node.layer, *self.tree.place(node))
-
-    def _mark_origin(self, node: Node, st: os.stat_result, path: bytes, *, follow: bool) -> bytes:
-        """Give a copy its origin and return it; a hard link that gets separated from its other names has none."""
-        if node.flags & UNLINKED or (st.st_nlink > 1 and self.tree.resolver.index_fd < 0):
-            return b""
-        dirfd, name = self.tree.place(node)
-        return self._set_origin(node.layer, dirfd, name, path, follow=follow)
 
     def _place(self, node: Node, st: os.stat_result, rino: int, fd: int, name: bytes | None, origin: bytes) -> None:
         """Give a finished object its place. *fd* is the object, or the work directory of *name*; *rino* its number.
@@ -785,75 +738,3 @@ class CopyUp:
         yield
         with contextlib.suppress(OSError):
             sysio.utimens_fd(fd, st.st_atime_ns, st.st_mtime_ns)
-
-    def _set_origin(self, layer: int, dirfd: int, name: bytes, target: bytes, *, follow: bool = True) -> bytes:
-        value = self.tree.origin_value(layer, dirfd, name)
-        try:
-            os.setxattr(target, self.tree.fmt.origin, value, follow_symlinks=follow)
-        except OSError as exc:
-            if exc.errno not in (errno.EOPNOTSUPP, errno.EPERM):
-                raise
-            return b""
-        return value
-
-    def _copy_metadata(
-        self,
-        source: bytes,
-        st: os.stat_result,
-        target: bytes,
-        *,
-        follow_source: bool,
-        follow: bool,
-        fd: int = -1,
-    ) -> int:
-        """Copy owner, then attributes and ACLs; mode and times are the caller's, last. Return the target's number."""
-        new = os.stat(target, follow_symlinks=follow)
-        if (new.st_uid, new.st_gid) != (st.st_uid, st.st_gid):
-            os.chown(target, st.st_uid, st.st_gid, follow_symlinks=follow)
-        self.copy_xattrs(source, target, follow_source=follow_source, follow=follow)
-        if fd >= 0 or follow:
-            self._copy_inode_flags(source, st, target)
-        return new.st_ino
-
-    def copy_xattrs(self, source: bytes, target: bytes, *, follow_source: bool, follow: bool) -> None:
-        """Copy all attributes but the union's own (``ovl_copy_xattr``)."""
-        private = self.tree.fmt.is_private
-        door = self.tree.door
-        names = door.listxattr(source, follow_symlinks=True) if follow_source else door.list_xattrs(source)
-        for name in names:
-            if private(name):
-                continue
-            try:
-                value = door.getxattr(source, name, follow_symlinks=follow_source)
-                os.setxattr(target, name, value, follow_symlinks=follow)
-            except OSError as exc:
-                if exc.errno == errno.ENODATA or (exc.errno == errno.EOPNOTSUPP and not name.startswith(_MUST_COPY)):
-                    continue
-                raise
-
-    def _copy_inode_flags(self, source: bytes, st: os.stat_result, target: bytes) -> None:
-        """Keep append-only and immutable in an attribute, sync and noatime as flags (``ovl_copy_fileattr``)."""
-        if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
-            return
-        flags = self.tree.door.ask_path(source, ("flags",), _inode_flags)
-        if flags & _PROTECTION:
-            try:
-                os.setxattr(target, self.tree.fmt.protattr, encode_protattr(flags))
-            except OSError as exc:
-                if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                    raise
-        if flags & _COPIED_FLAGS:
-            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                mine = sysio.get_inode_flags(fd) & ~_COPIED_FLAGS
-                sysio.set_inode_flags(fd, mine | (flags & _COPIED_FLAGS))
-            except OSError as exc:
-                if exc.errno not in _NO_FLAGS and exc.errno != errno.EPERM:
-                    raise
-            finally:
-                os.close(fd)
-
-    @staticmethod
-    def _set_mode_and_times(st: os.stat_result, fd: int) -> None:
-        os.chmod(sysio.fd_path(fd), stat.S_IMODE(st.st_mode))
-        sysio.utimens_fd(fd, st.st_atime_ns, st.st_mtime_ns)

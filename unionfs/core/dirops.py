@@ -443,7 +443,7 @@ class DirOps:
             os.mkdir(temp, 0o700, dir_fd=work.fd)
             path = sysio.entry_path(work.fd, temp)
             os.chown(path, st.st_uid, st.st_gid, follow_symlinks=False)
-            self._up.copy_xattrs(sysio.fd_path(old), path, follow_source=True, follow=False)
+            self._up.metadata.copy_xattrs(sysio.fd_path(old), path, follow_source=True, follow=False)
             self._set_opaque(path, best_effort=False)
             sysio.chmod_at(work.fd, temp, stat.S_IMODE(st.st_mode))
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)

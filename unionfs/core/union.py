@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from unionfs.config import MountConfig
 from unionfs.core import acl, index, sysio
-from unionfs.core.copyup import CAPABILITY, CopyUp, DataCopy
+from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
 from unionfs.core.dirops import Caller, DirOps
 from unionfs.core.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
@@ -32,6 +32,7 @@ from unionfs.core.layers import LayerStack
 from unionfs.core.listing import Lister
 from unionfs.core.markers import Format
 from unionfs.core.merge import Entry
+from unionfs.core.metadata import CAPABILITY
 from unionfs.core.protect import Protection
 from unionfs.core.resolve import Resolver
 from unionfs.core.slow import close_anyway
