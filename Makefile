@@ -33,7 +33,7 @@ BOX ?=
 export KERNEL
 
 .PHONY: help mount umount test lint types fuzz verify crash powercut soak compare sanitize clean root packages \
-	packages-test packages-soak integration vm-test vagrant-test
+	packages-test packages-soak integration vm-test bare-test vagrant-test
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -50,6 +50,7 @@ help:
 	@echo 'make compare [ARGS=...]                how fast this is beside overlayfs and others; ARGS=--help explains'
 	@echo 'make integration [ARGS=...]            check this host from its wheel on, beside its own overlayfs (as root)'
 	@echo 'make vm-test [KERNEL=trixie]           the same in a virtual machine with Linux 6.1, or another kernel (as root)'
+	@echo 'make bare-test [SUITE=trixie]          installation in a new root that debootstrap makes: Debian 12, or SUITE (as root)'
 	@echo 'make vagrant-test [BOX=debian12]       the same in Vagrant machines: Debian, Ubuntu, Fedora'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
@@ -97,6 +98,10 @@ integration: root
 vm-test: root
 	@scripts/packages vm
 	@scripts/vm-test $(ARGS)
+
+bare-test: root
+	@scripts/packages vm
+	@scripts/vm-test --bare
 
 vagrant-test:
 	@scripts/vagrant-test $(BOX)
