@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", type=_names, metavar="NAME,...", help="these workloads or groups; --list has their names")
     add("--subjects", type=_names, metavar="NAME,...", help="these subjects, options after +; default: all")
     add("--quick", action="store_true", help="small data and one round, to see that all works")
-    add("--full", action="store_true", help="also the workloads that take long (memory of the daemon)")
+    add("--full", action="store_true", help="also the workloads that take long (memory of the daemon, podman)")
     add("--json", type=Path, metavar="FILE", help="write every single value, versions and options")
     add("--chart", type=Path, metavar="FILE.svg", help="draw the ratios")
     add("--markdown", action="store_true", help="print the table in Markdown, on standard output")
@@ -141,10 +141,10 @@ def _list() -> None:
     for suite in SUITES:
         print(f"{suite.title.lower()}, subjects:")
         for kind in suite.subjects:
-            print(f"  {kind.kind:16} {(kind.__doc__ or '').splitlines()[0]}")
+            print(f"  {kind.kind:21} {(kind.__doc__ or '').splitlines()[0]}")
         print(f"{suite.title.lower()}, workloads (name, group):")
         for workload in suite.workloads(Sizes()):
-            slow = "  (only with --full, or by name)" if workload.full else ""
+            slow = "  (only with --full, or by name)" if workload.full or suite.full else ""
             print(f"  {workload.name:16} {workload.group:10} {workload.title}{slow}")
 
 

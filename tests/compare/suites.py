@@ -26,12 +26,14 @@ class Suite:
 
     Attributes:
         ratios: the pairs of kinds whose ratio the table shows.
+        full: whether it takes so long that only --full or its names select it.
     """
 
     title: str
     subjects: Sequence[type[Subject]]
     workloads: Callable[[Sizes], list[Workload]]
     ratios: Sequence[Pair]
+    full: bool = False
 
     def pairs(self, names: Sequence[str]) -> list[Pair]:
         """The pairs of subject names whose ratio is shown: each kind stands for its first subject."""
@@ -57,6 +59,7 @@ SUITES = (
         STORES,
         podman_workloads,
         (("podman-unionfs", "podman-overlayfs"), ("podman-unionfs", "podman-fuse-overlayfs")),
+        full=True,
     ),
 )
 
@@ -123,7 +126,8 @@ def _check_names(what: str, names: Sequence[str], known: set[str]) -> None:
 def _choose_workloads(chosen: Chosen, sizes: Sizes, only: Sequence[str] | None, *, full: bool) -> None:
     missing = {}
     for each in chosen.suite.workloads(sizes):
-        wanted = each.name in only or (each.group in only and not each.full) if only else full or not each.full
+        by_name = each.name in (only or ()) or (each.group in (only or ()) and not each.full)
+        wanted = by_name if only else full or not (each.full or chosen.suite.full)
         if wanted and each.missing():
             missing[each.name] = each.missing()
         elif wanted:

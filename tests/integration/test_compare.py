@@ -136,6 +136,7 @@ def test_what_is_left_out_for_one_reason_is_one_line(ground: Path, room: Path, m
     unions, podman = choose(stage, ["bare"], ["find", "podman"], full=False, rootless=False)
     assert (unions.is_left, podman.is_left) == (True, False)
     assert len(podman.left_out) == 1
+    assert choose(stage, ["bare"], None, full=False, rootless=False)[-1].suite.title != "Podman"
 
 
 def test_interrupted(ground: Path, room: Path) -> None:
