@@ -11,10 +11,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
-from tests.compare.processes import Failed, end, wait_gone
+from tests.compare.processes import Failed, end, run, wait_gone
 from tests.compare.stage import Site, Sizes
 from tests.compare.subjects import END_SECONDS, FuseOverlayfs, Ours, Overlayfs, Subject, Unavailable, ask, clear, find
 from tests.compare.workloads import Script, Workload
@@ -74,7 +75,12 @@ class Store(Subject):
         return site.base
 
     def unmount(self, site: Site, *, spoilt: Sequence[str] = ()) -> float:
-        """Wait for the daemons of what podman has unmounted."""
+        """Remove the containers, and wait for the daemons of what podman has unmounted.
+
+        A container that goes with its store would keep one of the locks that all of the machine's podman has.
+        """
+        with suppress(Failed):
+            run([str(site.base / "podman"), "rm", "--all", "--force"], cwd=site.base, env=None, seconds=END_SECONDS)
         left = wait_gone(self.daemons(site), END_SECONDS)
         clear(RUNROOT)
         end(left)
