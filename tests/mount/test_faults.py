@@ -8,17 +8,21 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.filesystems import file_system, run
+from tests.support.cli import unionfs
+from tests.support.filesystems import file_system, remove_tree, run
 from tests.support.layers import is_whiteout
-from tests.support.mounts import Stack
+from tests.support.memory import can_limit, memory_group
+from tests.support.mounts import Stack, wait_gone
 from tests.support.snapshot import assert_same, snapshot
 
 LIMIT = 256
-MANY = 20_000
+CROWD = 100_000
+CROWD_DIRECTORIES = 400
 FEW = 6_000
 BIG = os.urandom(2 << 20)
 
@@ -118,18 +122,48 @@ def scatter(lower: Path, files: int, directories: int) -> None:
         (directory / f"f{number}").touch()
 
 
-@pytest.mark.fault_seconds(200)
-def test_many_files_with_few_descriptors(ours: Stack) -> None:
-    """What is looked at costs no descriptor for long."""
-    scatter(ours.lower, MANY, 400)
-    root = ours.mount(under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
-    for number in range(MANY):
-        path = root / f"d{number % 400}/f{number}"
-        if number % 100:
-            assert path.stat().st_size == 0
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory of 100,000 files `dX/fN`; each fifth has its number in it."""
+    path = tmp_path_factory.mktemp("crowd")
+    for number in range(CROWD_DIRECTORIES):
+        (path / f"d{number}").mkdir()
+    for number in range(CROWD):
+        place = crowd_name(number)
+        if number % 5:
+            os.mknod(path / place, 0o644)
         else:
-            path.write_bytes(b"touched")
-    assert sum(path.stat().st_size for path in root.glob("*/*")) == MANY // 100 * 7
+            (path / place).write_bytes(b"%06d" % number)
+    yield path
+    remove_tree(path)
+
+
+def crowd_name(number: int) -> str:
+    return f"d{number % CROWD_DIRECTORIES}/f{number}"
+
+
+def crowd_bytes(root: Path) -> int:
+    """The sum of all sizes, and that all are there."""
+    sizes: list[int] = []
+    for number in range(CROWD_DIRECTORIES):
+        with os.scandir(root / f"d{number}") as entries:
+            sizes += [entry.stat().st_size for entry in entries]
+    assert len(sizes) == CROWD
+    return sum(sizes)
+
+
+@pytest.mark.fault_seconds(300)
+@pytest.mark.parametrize("options", ["", "native=off"])
+def test_many_files_with_few_descriptors(ours: Stack, crowd: Path, options: str) -> None:
+    """What is looked at, read and written costs no descriptor for long."""
+    ours.lowers[:] = [crowd]
+    root = ours.mount(options, under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
+    assert crowd_bytes(root) == CROWD // 5 * 6
+    for number in range(0, CROWD, 5):
+        assert (root / crowd_name(number)).read_bytes() == b"%06d" % number
+    for number in range(1, CROWD, 500):
+        (root / crowd_name(number)).write_bytes(b"touched")
+    assert crowd_bytes(root) == CROWD // 5 * 6 + CROWD // 500 * 7
 
 
 def open_all(root: Path, opened: list[int]) -> int:
@@ -181,7 +215,7 @@ def test_read_without_a_descriptor_left(ours: Stack) -> None:
         assert open_all(root, opened) in (errno.EMFILE, errno.ENFILE)
         for number in range(20):
             uncache(ours.lower / f"f{number}")
-        assert {outcome(lambda fd=fd: os.pread(fd, 5000, 0)) for fd in opened[:20]} == {0}
+        assert {outcome(partial(os.pread, fd, 5000, 0)) for fd in opened[:20]} == {0}
         assert {os.pread(fd, 5000, 0) for fd in opened[:20]} == {BIG[:5000]}
     finally:
         for fd in opened:
@@ -227,7 +261,7 @@ def test_no_memory_left(ours: Stack, options: str) -> None:
         assert stream.write(b" to all") == 7
         assert (root / "known").read_bytes() == b"known to all"
         new = [root / f"new{number}" for number in range(20)]
-        failed = [outcome(lambda path=path: path.touch()) for path in new]
+        failed = [outcome(path.touch) for path in new]
         assert set(failed) <= {0, errno.ENOMEM}
         limit_memory(daemon, "unlimited:")
         time.sleep(0.2)
@@ -240,6 +274,40 @@ def test_no_memory_left(ours: Stack, options: str) -> None:
     ours.remount()
     assert (root / "known").read_bytes() == b"known to all"
     assert {path.read_bytes() for path in new} == {b"new"}
+
+
+def use_memory(root: Path, made: list[Path]) -> None:
+    """Have a daemon know more and more files, and make some: until it fails."""
+    for number in range(FEW):
+        (root / f"d{number % 20}/f{number}").stat()
+        if number % 100 == 0:
+            made.append(root / f"new{number}")
+            made[-1].write_bytes(b"new")
+
+
+@pytest.mark.skipif(not can_limit(), reason="no control group for memory can be made here")
+@pytest.mark.parametrize("options", ["", "native=off"])
+def test_killed_for_its_memory(ours: Stack, check_by_overlay: Callable[[Stack], Path], options: str) -> None:
+    """A daemon that the kernel kills because its group has used up its memory: known as dead, cleared, nothing lost."""
+    scatter(ours.lower, FEW, 20)
+    root = ours.mount(options)
+    daemon = ours.daemon()
+    made: list[Path] = []
+    with memory_group(1 << 20) as group:
+        (group / "cgroup.procs").write_text(str(daemon))
+        with pytest.raises(OSError, match="onnect") as gone:
+            use_memory(root, made)
+        assert wait_gone(daemon)
+    assert gone.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert "dead" in unionfs("ls").out
+    assert unionfs("umount", root).err == f"unionfs: cleared the dead mount on {root}\n"
+    ours.mounted = False
+    ours.mount(options)
+    assert {path.read_bytes() for path in made[:-1]} == {b"new"}
+    view = snapshot(root)
+    ours.umount()
+    assert os.listdir(ours.work / "work") == []
+    assert_same(view, snapshot(check_by_overlay(ours)))
 
 
 def test_upper_read_only_for_a_while(ours: Stack, ground: Path) -> None:
