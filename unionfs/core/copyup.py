@@ -5,7 +5,7 @@ lower object showing. The order within an object matters: data, then owner (both
 attributes and ACLs, then mode (chown clears suid), then times.
 
 Data is synced before it is published, and the name that it gets, or the mark that goes, comes to the disk when the file
-system likes, or with the next fsync of the file. With fdatasync too (`CopyUp._tie_name`): the file had its name before.
+system likes, or with the next fsync of the file. With fdatasync too (`CopyUp.tie_name`): the file had its name before.
 
 A regular file whose data isn't needed yet (chmod, rename, ...) is copied *metadata only*: an upper file with the
 ``metacopy`` attribute and the right size. Its data follows at the first write, in place, and the attribute goes last.
@@ -138,6 +138,7 @@ class DataCopy:
             if self.node.anchor < 0:
                 self.up.tree.place(self.node)  # all that could block later
             if self._in_place:
+                self.up.tie_name(self.target)
                 self._restore(self._written())
                 self.up.complete_meta(self.node, self.target)
             else:
@@ -530,6 +531,8 @@ class CopyUp:
         path = sysio.fd_path(target)
         if size is not None and size:
             os.ftruncate(target, size)
+        if st.st_size and not metacopy:
+            self.tie_name(target)
         rino = self.metadata.copy(source, st, path, follow_source=self.tree.follow(node), follow=True)
         # Origin first: where an inode has room for one attribute, the one that stays should be in it.
         origin = self.metadata.mark_origin(node, st, path, follow=True)
@@ -544,14 +547,11 @@ class CopyUp:
             node.flags |= META
         else:
             self._forget_lower_data(node)
-            if st.st_size:
-                self._tie_name(target)
 
     def complete_meta(self, node: Node, target: int) -> None:
         """End the data copy of a metacopy file by taking its mark away."""
         path = sysio.fd_path(target)
         os.removexattr(path, self.tree.fmt.metacopy)
-        self._tie_name(target)
         self._forget_lower_data(node)
         self.reopen_handles(node)
         self.notify_changed.append(node)
@@ -564,6 +564,7 @@ class CopyUp:
         parent = node.parent
         assert parent is not None
         source, st = self.tree.path(node), self.tree.stat(node)
+        self.tie_name(target)
         os.fchown(target, st.st_uid, st.st_gid)
         for attribute in list_xattrs(source):
             if attribute != self.tree.fmt.metacopy:
@@ -574,32 +575,33 @@ class CopyUp:
         to_fd = self.tree.dirfds.upper(parent)
         with self._parent_times(to_fd):
             sysio.rename(self._work().fd, name, to_fd, node.name, 0)
-        self._tie_name(target)
         self.tree.inodes.renumber_upper(node, os.fstat(target).st_ino)
         self._forget_lower_data(node)
         self.notify_changed.append(node)
 
-    def _tie_name(self, target: int) -> None:
-        """Have fdatasync of a file that was just published make durable that it was.
+    def tie_name(self, target: int) -> None:
+        """Have fdatasync of a file that is about to be published make durable that it was. Changes its times.
 
         On ext4 fdatasync waits for the last transaction that the data needs, to which a link, a rename or an attribute
         doesn't belong: what it confirms would be gone after a power cut, because the lower file shows again. So it is
         with O_DSYNC and msync, which don't come by here. An allocation does belong to it (`ext4_alloc_file_blocks`),
-        also that of a block which is there already.
+        also that of a block which is there already; and what follows at once is in the same transaction, but for the
+        rare case that this one ends just then.
         """
         if not self._ties_names:
             return
         with contextlib.suppress(OSError):
             if os.fstat(target).st_size == 0:
                 sysio.allocate_again(target, 0)
-                os.ftruncate(target, 0)  # which frees the block; the file was cut just now anyway
+                os.ftruncate(target, 0)  # which frees the block
                 return
             try:
                 sysio.allocate_again(target, os.lseek(target, 0, os.SEEK_DATA))
             except OSError as exc:
                 if exc.errno != errno.ENXIO:
                     raise
-                os.fsync(target)  # all of it is a hole, and shall be one
+                sysio.allocate_again(target, 0)  # all of it is a hole, and shall be one
+                sysio.punch_hole(target, 1)
 
     def _forget_lower_data(self, node: Node) -> None:
         node.flags &= ~META
