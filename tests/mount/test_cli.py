@@ -65,6 +65,14 @@ def place(ground: Path) -> Iterator[Place]:
     made.clear()
 
 
+def with_work(ground: Path) -> Iterator[Place]:
+    """A fixture: a place for which a work directory is made, as for those who name it."""
+    made = Place(ground)
+    (made.base / "work").mkdir()
+    yield made
+    made.clear()
+
+
 def records_of(pid: int) -> list[Path]:
     directory = state_directory()
     assert directory is not None

@@ -12,11 +12,10 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-from tests.mount.test_cli import Place, become_alice
+from tests.mount.test_cli import Place, become_alice, with_work
 from tests.support.cli import Said, program
 from tests.support.mounts import environment, wait_gone
 from tests.support.people import ALICE, REPOSITORY
@@ -27,12 +26,7 @@ HELPER, PROGRAM = "helper", "program"
 CODE = {HELPER: "from unionfs.__main__ import mount_helper as run", PROGRAM: "from unionfs.__main__ import main as run"}
 
 
-@pytest.fixture
-def place(ground: Path) -> Iterator[Place]:
-    made = Place(ground)
-    (made.base / "work").mkdir()
-    yield made
-    made.clear()
+place = pytest.fixture(with_work)
 
 
 def options(place: Place, *more: str) -> str:

@@ -7,12 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.mount.test_cli import Place
+from tests.mount.test_cli import Place, with_work
 from tests.support import raw
 from tests.support.cli import Said, listed, program, user_namespaces
 from tests.support.mounts import environment
@@ -22,12 +20,7 @@ from unionfs.host.mountinfo import mounted_at
 WORDS = [sys.executable, "-c", "from unionfs.__main__ import overlay; overlay()"]
 
 
-@pytest.fixture
-def place(ground: Path) -> Iterator[Place]:
-    made = Place(ground)
-    (made.base / "work").mkdir()
-    yield made
-    made.clear()
+place = pytest.fixture(with_work)
 
 
 def overlay(place: Place, *words: str) -> Said:

@@ -19,7 +19,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -37,6 +36,7 @@ from tests.support.disks import disk
 from tests.support.filesystems import have_own_mounts, run
 from tests.support.losses import report
 from tests.support.mounts import BAD_LOG, MountRefused, wait_gone
+from tests.support.repeating import repeating
 from tests.support.snapshot import Snapshot, differences
 
 MODES: Final = ("default", "passthrough=off", "native=off", "metacopy=off")
@@ -161,7 +161,7 @@ class Run:
             union = self.site.union(chapter, words)
             union.mount()
             try:
-                with recorder.syncing() if syncing else nullcontext():
+                with repeating(recorder.sync, 0.005) if syncing else nullcontext():
                     self._work(chapter, recorder)
             finally:
                 pid = union.daemon()
@@ -202,24 +202,11 @@ class _Recorder:
     def confirm(self, steps: int, path: str) -> None:
         self._recording.confirmed.append((self.position(), steps, path))
 
-    @contextmanager
-    def syncing(self) -> Iterator[None]:
-        """Sync the file system again and again meanwhile."""
-        stop = threading.Event()
-
-        def sync() -> None:
-            while not stop.wait(0.005):
-                done = self.done
-                raw_sync(self._mounted)
-                self.confirm(done, "")
-
-        thread = threading.Thread(target=sync)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    def sync(self) -> None:
+        """Sync the file system, and what was done before is on the disk."""
+        done = self.done
+        raw_sync(self._mounted)
+        self.confirm(done, "")
 
 
 def raw_sync(mounted: Path) -> None:

@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from tests.support.repeating import repeating
 
 MIB = 1 << 20
 COMMAND_SECONDS = 600.0
@@ -207,7 +208,7 @@ def _round(site: Site, mode: str, tally: Tally) -> None:
     site.renew()
     before = _digests(site.lower)
     with _union(site, mode):
-        with _old_readers(site) as readers, _dropping_caches():
+        with _old_readers(site) as readers, repeating(_drop_caches, 1.5):
             tally.verified += _work(site)
             tally.verified += _verify_all(site)
             for reader in readers:
@@ -319,21 +320,8 @@ def _old_readers(site: Site) -> Iterator[list[_Reader]]:
             reader.close()
 
 
-@contextlib.contextmanager
-def _dropping_caches() -> Iterator[None]:
-    stop = threading.Event()
-
-    def drop() -> None:
-        while not stop.wait(1.5):
-            Path("/proc/sys/vm/drop_caches").write_text("3\n")
-
-    thread = threading.Thread(target=drop)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def _drop_caches() -> None:
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 # -- the result --

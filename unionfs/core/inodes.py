@@ -40,8 +40,11 @@ PROTECTION_KNOWN: Final = 2048
 PLAIN: Final = 4096  # was found in a lower layer, without any extended attribute
 
 _NOT_PLAIN: Final = META | INDEXED | UNLINKED | BROKEN_LINK
-_FSID_SHIFT: Final = 55
-_INO_MASK: Final = (1 << _FSID_SHIFT) - 1
+
+NUMBER_BITS: Final = 55
+"""How many bits of the `st_ino` shown are the file's own; those above them are its file system's."""
+
+_INO_MASK: Final = (1 << NUMBER_BITS) - 1
 _EXTRA_BIT: Final = 1 << 63
 
 
@@ -156,14 +159,14 @@ class InodeTable:
             self.know_device(device)
             fsid = self._fsids[device]
         if ino <= _INO_MASK and fsid < 256:
-            return fsid << _FSID_SHIFT | ino
+            return fsid << NUMBER_BITS | ino
         # No room for the file system's number: overlayfs falls back to non-persistent numbers, so do we.
         return self._odd.setdefault((device, ino), _EXTRA_BIT | (1 << 62) | len(self._odd))
 
     def number_base(self, device: int) -> int | None:
         """Return what `map_ino` adds to the numbers that leave room for it; None where it adds nothing of the kind."""
         fsid = self._fsids.get(device)
-        return None if fsid is None or fsid >= 256 else fsid << _FSID_SHIFT
+        return None if fsid is None or fsid >= 256 else fsid << NUMBER_BITS
 
     def _free_id(self, ino: int) -> int:
         if ino > ROOT_ID and ino not in self.nodes and ino not in self.retired:

@@ -92,14 +92,52 @@ static void note_file(const char *name, const struct owned *parent, struct owned
 	}
 }
 
+/* The node of a file that was made in a directory. */
+static struct owned new_node(const struct owned *parent, const struct stat *st, uint64_t number)
+{
+	return (struct owned){
+		.node = next_node++,
+		.ino = number,
+		.path_only = true,
+		.settable = true,
+		.timeout = parent->timeout,
+		.bind = parent->bind,
+		.handles = 1,
+		.host_dev = st->st_dev,
+		.host_ino = st->st_ino,
+	};
+}
+
+/* Answer for a new file that is open, then do the books and have Python do its own. */
+static void reply_created(struct fuse_session *se, const struct fuse_in_header *in, const char *name,
+			  const struct owned *parent, const struct stat *st, uint64_t number, int fd)
+{
+	struct owned node = new_node(parent, st, number);
+	struct fuse_entry_param entry = {
+		.ino = node.node,
+		.attr = *st,
+		.entry_timeout = node.timeout,
+		.attr_timeout = attributes_last(&node),
+	};
+	struct opened reply;
+	int id;
+
+	entry.attr.st_ino = node.ino;
+	reply.entry = raw_entry(&entry);
+	id = reply_opened(se, in->unique, &reply, 0, fd);
+	note_file(name, parent, &node, fd);
+	call_and_log(tell_created, Py_BuildValue("KyKK(KK)i", in->nodeid, name, node.node, node.ino, node.host_dev,
+						 node.host_ino, node.fd));
+	call_and_log(tell_opened, Py_BuildValue("Kii", node.node, fd, id));
+}
+
 static bool create_here(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_create_in *body)
 {
 	const char *name = (const char *)(body + 1);
 	const struct owned *parent = find_bound(in->nodeid);
-	struct fuse_entry_param entry = {0};
-	struct opened reply;
-	struct owned node;
-	int fd, id;
+	struct stat st;
+	uint64_t number;
+	int fd;
 
 	if (!parent || !parent->settable || !is_plain_create(in, body) || is_reserved(name))
 		return false;
@@ -107,32 +145,13 @@ static bool create_here(struct fuse_session *se, const struct fuse_in_header *in
 	if (fd < 0)
 		return false;
 	counters[CREATE]++;
-	if (fstat(fd, &entry.attr) || !(entry.ino = number_to_show(&entry.attr))) {
+	number = fstat(fd, &st) ? 0 : number_to_show(&st);
+	if (number) {
+		reply_created(se, in, name, parent, &st, number, fd);
+	} else {
 		reply_raw(se, in->unique, errno, NULL, 0);
 		close(fd);
-		return true;
 	}
-	node = (struct owned){
-		.node = next_node++,
-		.ino = entry.ino,
-		.path_only = true,
-		.settable = true,
-		.timeout = parent->timeout,
-		.bind = parent->bind,
-		.handles = 1,
-		.host_dev = entry.attr.st_dev,
-		.host_ino = entry.attr.st_ino,
-	};
-	entry.ino = node.node;
-	entry.attr.st_ino = node.ino;
-	entry.entry_timeout = node.timeout;
-	entry.attr_timeout = attributes_last(&node);
-	reply.entry = raw_entry(&entry);
-	id = reply_opened(se, in->unique, &reply, 0, fd);
-	note_file(name, parent, &node, fd);
-	call_and_log(tell_created, Py_BuildValue("KyKK(KK)i", in->nodeid, name, node.node, node.ino, node.host_dev,
-						 node.host_ino, node.fd));
-	call_and_log(tell_opened, Py_BuildValue("Kii", node.node, fd, id));
 	return true;
 }
 

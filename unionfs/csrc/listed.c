@@ -17,12 +17,12 @@
 
 #define LISTXATTRAT 465 /* Linux 6.13, which older headers lack */
 
-enum { INO_BITS = 55 }; /* of a number shown; above them is its file system's (unionfs/core/inodes.py) */
+static unsigned int ino_bits; /* of a number shown; above them is its file system's (unionfs/core/inodes.py) */
 
 /* The directory of one layer. */
 struct place {
 	int fd;
-	unsigned long long base; /* what the numbers shown have above INO_BITS */
+	unsigned long long base; /* what the numbers shown have above ino_bits */
 	unsigned long long device;
 };
 
@@ -48,7 +48,7 @@ static bool has_no_xattrs(int dirfd, const char *name)
 static bool look_at_plain(const struct place *place, const char *name, struct stat *st)
 {
 	return !fstatat(place->fd, name, st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st->st_mode) && st->st_nlink == 1 &&
-	       st->st_dev == place->device && st->st_ino > FUSE_ROOT_ID && !(st->st_ino >> INO_BITS) &&
+	       st->st_dev == place->device && st->st_ino > FUSE_ROOT_ID && !(st->st_ino >> ino_bits) &&
 	       has_no_xattrs(place->fd, name);
 }
 
@@ -133,7 +133,14 @@ static PyObject *py_pack_listed(PyObject *self UNUSED, PyObject *args)
 	return result;
 }
 
+static PyObject *py_number_bits(PyObject *self UNUSED, PyObject *bits)
+{
+	ino_bits = (unsigned int)PyLong_AsUnsignedLong(bits);
+	return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 PyMethodDef listed_methods[] = {
+	{"number_bits", py_number_bits, METH_O, "How many bits of a number shown are the file's; before `pack_listed`."},
 	{"pack_listed", py_pack_listed, METH_VARARGS,
 	 "(places by layer, children, positions, entries, first, room, timeout): for each entry from the first on, as many as "
 	 "there is room for, (st_ino to show, st_ino, struct fuse_direntplus); None for one that isn't plain, or is known."},

@@ -27,14 +27,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from unionfs.fuse import native, wire
 from unionfs.core.copyup import DataCopyPending
 from unionfs.core.dirops import Caller, caller
-from unionfs.core.inodes import INDEXED, META, UNLINKED, Dir, Node
+from unionfs.fuse.handles import Handles
+from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
 from unionfs.core.union import Changes, DirHandle, Union, stored
-from unionfs.fuse import native, wire
-from unionfs.fuse.handles import Handles
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class Direct:
         self._closed = closed
         self._out_of_memory = out_of_memory
         self._covered = covered
+        native.number_bits(NUMBER_BITS)
         self._absent = bytes(16) + struct.pack("=Q", int(absent_timeout)) + bytes(8)
         self._absent += struct.pack("=I", int(absent_timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
         self._serial = 0

@@ -378,6 +378,12 @@ Place = tuple[int, int, int]
 Record = tuple[int, int, bytes]
 
 
+def number_bits(bits: int) -> None:
+    """Tell how many bits of the numbers that files show are their own; once, before `pack_listed`."""
+    assert _module is not None
+    _module.number_bits(bits)
+
+
 def pack_listed(
     places: dict[int, Place],
     children: Mapping[bytes, object],
