@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.cli import ended
 from tests.support.mounts import mounted_below
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,24 +109,14 @@ def run(
     """
     command = [str(word) for word in words]
     try:
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="backslashreplace",
-            timeout=seconds,
-            check=False,
-        )
+        done = ended(command, cwd=cwd, env={**os.environ, **(env or {})}, seconds=seconds, errors="backslashreplace")
     except FileNotFoundError:
         raise LeftOut(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
         raise Wrong(f"{' '.join(command)}: took longer than {seconds:.0f} s") from None
-    if status is not None and done.returncode != status:
-        raise Wrong(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return done.stdout
+    if status is not None and done.status != status:
+        raise Wrong(f"{' '.join(command)}: exit status {done.status}\n{done.out[-2000:]}{done.err[-4000:]}")
+    return done.out
 
 
 def shell(script: str, *, cwd: Path, env: Mapping[str, str] | None = None, seconds: float = COMMAND_SECONDS) -> str:

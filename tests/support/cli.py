@@ -30,15 +30,34 @@ def unionfs(*words: str | Path, cwd: Path | None = None, env: dict[str, str] | N
 
 def program(words: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> Said:
     """Run any program in the environment of `unionfs`, plus `env`."""
+    return ended(words, cwd=cwd, env=environment() | (env or {}), seconds=COMMAND_SECONDS)
+
+
+def ended(
+    words: list[str], *, cwd: Path | None, env: dict[str, str], seconds: float, errors: str = "surrogateescape"
+) -> Said:
+    """Run a program, which gets nothing to read; how it ended.
+
+    Args:
+        words: the program and its arguments.
+        cwd: where it runs.
+        env: its whole environment.
+        seconds: how long it may take.
+        errors: what becomes of what it says that is no UTF-8.
+
+    Raises:
+        FileNotFoundError: there is no such program.
+        subprocess.TimeoutExpired: it took longer; it was killed.
+    """
     done = subprocess.run(
         words,
         cwd=cwd,
-        env=environment() | (env or {}),
+        env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        errors="surrogateescape",
-        timeout=COMMAND_SECONDS,
+        errors=errors,
+        timeout=seconds,
         check=False,
     )
     return Said(done.returncode, done.stdout, done.stderr)
