@@ -531,7 +531,7 @@ class CopyUp:
         path = sysio.fd_path(target)
         if size is not None and size:
             os.ftruncate(target, size)
-        if st.st_size and not metacopy:
+        if not metacopy:
             self.tie_name(target)
         rino = self.metadata.copy(source, st, path, follow_source=self.tree.follow(node), follow=True)
         # Origin first: where an inode has room for one attribute, the one that stays should be in it.
@@ -586,22 +586,13 @@ class CopyUp:
         doesn't belong: what it confirms would be gone after a power cut, because the lower file shows again. So it is
         with O_DSYNC and msync, which don't come by here. An allocation does belong to it (`ext4_alloc_file_blocks`),
         also that of a block which is there already; and what follows at once is in the same transaction, but for the
-        rare case that this one ends just then.
+        rare case that this one ends just then. Where there is no data nothing was synced on the way, and whoever writes
+        allocates.
         """
         if not self._ties_names:
             return
         with contextlib.suppress(OSError):
-            if os.fstat(target).st_size == 0:
-                sysio.allocate_again(target, 0)
-                os.ftruncate(target, 0)  # which frees the block
-                return
-            try:
-                sysio.allocate_again(target, os.lseek(target, 0, os.SEEK_DATA))
-            except OSError as exc:
-                if exc.errno != errno.ENXIO:
-                    raise
-                sysio.allocate_again(target, 0)  # all of it is a hole, and shall be one
-                sysio.punch_hole(target, 1)
+            sysio.allocate_again(target, os.lseek(target, 0, os.SEEK_DATA))
 
     def _forget_lower_data(self, node: Node) -> None:
         node.flags &= ~META
