@@ -12,15 +12,18 @@ GROUPS = Path("/sys/fs/cgroup")
 GONE_SECONDS = 20
 
 
-def _parent() -> tuple[Path, str] | None:
-    """Where a group that limits memory can be made, and the name of the limit; None where that can't be done."""
+def _parent() -> tuple[Path, str, str] | None:
+    """Where a group that limits memory can be made, the names of its limit and of the one that swap counts for.
+
+    None where there is no such place.
+    """
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     old = [line.split(":", 2)[2] for line in lines if ":memory:" in line]
     if old:
-        return Path(f"{GROUPS}/memory{old[0]}"), "memory.limit_in_bytes"
+        return Path(f"{GROUPS}/memory{old[0]}"), "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
     with_children = GROUPS / "cgroup.subtree_control"
     if with_children.exists() and "memory" in with_children.read_text().split():
-        return GROUPS, "memory.max"
+        return GROUPS, "memory.max", "memory.swap.max"
     return None
 
 
@@ -38,10 +41,13 @@ def memory_group(limit: int) -> Iterator[Path]:
     """
     parent = _parent()
     assert parent is not None
-    group = parent[0] / f"unionfs-{os.getpid()}-{time.monotonic_ns()}"
+    place, *limits = parent
+    group = place / f"unionfs-{os.getpid()}-{time.monotonic_ns()}"
     group.mkdir()
     try:
-        (group / parent[1]).write_text(str(limit))
+        (group / limits[0]).write_text(str(limit))
+        if (group / limits[1]).exists():  # else there is no swap, or it is not counted
+            (group / limits[1]).write_text("0" if limits[1] == "memory.swap.max" else str(limit))
         yield group
     finally:
         end = time.monotonic() + GONE_SECONDS
