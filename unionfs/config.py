@@ -50,7 +50,7 @@ class MountConfig:
     until the layers have been looked at (see `with_userxattr`). `timeout` is in seconds: None means as long
     as correctness allows, 0 means that the kernel caches nothing. `mount_options` are the flags handed on
     to libfuse. `ids` says which owners are shown, `static_nlink` that directories show a link count of 1, `acl` whether
-    there are POSIX ACLs.
+    there are POSIX ACLs. `auto_restart` has another daemon take over when one dies.
     """
 
     lowers: tuple[str, ...]
@@ -78,6 +78,7 @@ class MountConfig:
     ids: IdMap = AS_STORED
     static_nlink: bool = False
     acl: bool = True
+    auto_restart: bool = False
     foreground: bool = False
     log_level: LogLevel = "warning"
     log_file: str | None = None

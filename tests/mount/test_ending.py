@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -231,3 +232,20 @@ def test_a_stopped_daemon_that_is_killed(ours: Stack) -> None:
     said = unionfs("umount", root)
     assert (said.status, said.err) == (0, f"unionfs: cleared the dead mount on {root}\n")
     ours.mounted = False
+
+
+@pytest.mark.parametrize("delay", [0.002, 0.004, 0.008, 0.016, 0.03])
+def test_one_more_signal(ours: Stack, delay: float) -> None:
+    """It doesn't keep the daemon from ending in order."""
+    root = ours.mount(extra=["--log-level", "info"])
+    (root / "file").write_bytes(b"data")
+    os.unlink(root / "file")
+    pid = ours.daemon()
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(delay)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    assert wait_gone(pid)
+    ours.mounted = False
+    assert not mounted_below(ours.mnt)
+    assert ours.log.read_text().endswith(": ended\n")

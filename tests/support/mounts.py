@@ -67,6 +67,14 @@ def daemons(base: Path) -> dict[int, str]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The parent of a process, 0 where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
 def wait_gone(pid: int, seconds: float = 20) -> bool:
     """Wait until process `pid` has ended; False where it has not after `seconds`."""
     try:
@@ -256,8 +264,9 @@ class Stack:
         return self.mount(options)
 
     def daemon(self) -> int:
-        """The process id of our running daemon."""
+        """The process id of our running daemon, of its supervisor if it has one."""
         found = daemons(self.mnt)
+        found = {pid: line for pid, line in found.items() if parent_of(pid) not in found}
         assert len(found) == 1, f"expected one daemon of {self.mnt}: {found}"
         return next(iter(found))
 

@@ -21,6 +21,7 @@ work = "w"
 options = ["noatime", "timeout=1"]
 bind-mode = "kernel"
 volumes-from = ["other:ro"]
+auto-restart = true
 
 [[volume]]
 source = "data"
@@ -52,6 +53,7 @@ def test_whole(tmp_path: Path) -> None:
     assert (config.upper, config.work) == (f"{tmp_path}/changes", f"{tmp_path}/w")
     assert (config.mountpoint, config.timeout) == ("/mnt/work", 1.0)
     assert (file.name, file.bind_mode, file.volumes_from) == ("work", "kernel", ("other:ro",))
+    assert file.auto_restart
     assert file.volumes == (
         VolumeSpec("bind", f"{tmp_path}/data", "/data", read_only=True),
         VolumeSpec("volume", "cache", "/var/cache", nocopy=True),
@@ -63,6 +65,7 @@ def test_smallest(tmp_path: Path) -> None:
     file = read(tmp_path, 'lower = "/l"\nmountpoint = "/m"')
     config = parse_mount(file.positionals, file.options)
     assert (config.lowers, config.upper, config.mountpoint) == (("/l",), None, "/m")
+    assert not file.auto_restart
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,7 @@ def test_smallest(tmp_path: Path) -> None:
         ('lower = "/l"', "at least lower and mountpoint"),
         ('lower = [1]\nmountpoint = "/m"', "lower must be a text or a list"),
         ('lower = "/l"\nmountpoint = 3', "mountpoint must be a text"),
+        ('lower = "/l"\nmountpoint = "/m"\nauto-restart = 1', "auto-restart must be true or false"),
         ('lower = "/l"\nmountpoint = "/m"\nvolume = 1', r"\[\[volume\]\]"),
         ('lower = "/l"\nmountpoint = "/m"\n[[volume]]\nsource = "/a"', "volume 1: give source= and target="),
         ('lower = "/l"\nmountpoint = "/m"\n[[volume]]\ntarget = "/a"\ncolour = 1', "volume 1: unknown key 'colour'"),

@@ -9,7 +9,7 @@ from tests.support.mounts import environment
 
 SCRIPT = """
 import errno, mmap, resource, time
-from unionfs.reserve import Reserve
+from unionfs.core.reserve import Reserve
 
 def limit(more):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, cast, get_args
@@ -126,6 +127,11 @@ BLOCKS: list[Block] = [
     shell_complete=files,
     help="Read the mount from a TOML file; options add to it.",
 )
+@click.option(
+    "--auto-restart",
+    is_flag=True,
+    help="Have another daemon take over when one dies; open files go on. Needs Linux 6.9; slower.",
+)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to standard error.")
 @click.option(
     "--log-level",
@@ -146,6 +152,7 @@ def mount(
     /,
     config_file: str | None,
     foreground: bool,
+    auto_restart: bool,
     name: str | None,
     bind_mode: str | None,
     short_volumes: Sequence[str],
@@ -155,7 +162,7 @@ def mount(
 ) -> None:
     """Mount a union and return when it answers."""
     from unionfs.host import preflight
-    from unionfs.service import daemon, notify
+    from unionfs.service import daemon
 
     file = read_mount_file(config_file) if config_file is not None else MountFile()
     config = _config(file, foreground=foreground, **given)
@@ -166,11 +173,26 @@ def mount(
         [*file.volumes, *map(parse_volume, short_volumes), *map(parse_mount_words, long_volumes)],
         [*file.volumes_from, *volumes_from],
     )
+    if auto_restart or file.auto_restart:
+        _check_restartable(config, volumes)
+        config = dataclasses.replace(config, auto_restart=True)
     preflight.check(config)
     if foreground:
-        daemon.serve(config, lambda: notify.tell(notify.READY), volumes)
+        daemon.start_in_foreground(config, volumes)
     else:
         daemon.start(config, volumes)
+
+
+def _check_restartable(config: MountConfig, volumes: MountVolumes) -> None:
+    """Raise UsageError for what a daemon that takes a mount over can't go on with."""
+    for given, what in (
+        (bool(volumes.specs or volumes.name), "volumes and --name"),
+        (config.volatile, "-o volatile"),
+        (config.lower == "watch", "-o lower=watch"),
+        (not config.native, "-o native=off"),
+    ):
+        if given:
+            raise UsageError(f"--auto-restart does not work with {what}: leave one of them out")
 
 
 def _config(

@@ -9,6 +9,7 @@
     options = ["noatime", "timeout=1"]     # of -o
     bind-mode = "auto"
     volumes-from = ["other:ro"]
+    auto-restart = false
 
     [[volume]]
     source = "/srv/data"                   # a host path, a volume's name, or nothing: an anonymous volume
@@ -45,6 +46,7 @@ class MountFile:
     bind_mode: str | None = None
     volumes: tuple[VolumeSpec, ...] = ()
     volumes_from: tuple[str, ...] = ()
+    auto_restart: bool = False
 
 
 def read_mount_file(path: str) -> MountFile:
@@ -69,7 +71,7 @@ class _Reader:
         self._where = f"--config {path}"
         self._base = os.path.dirname(os.path.abspath(path))
         self._table = table
-        unknown = set(table) - {*_TEXTS, *_LISTS, "volume"}
+        unknown = set(table) - {*_TEXTS, *_LISTS, "auto-restart", "volume"}
         if unknown:
             raise UsageError(f"{self._where}: unknown key {min(unknown)!r}")
 
@@ -89,6 +91,7 @@ class _Reader:
             self._text("bind-mode"),
             tuple(self._volumes()),
             tuple(self._list("volumes-from")),
+            self._bool("auto-restart"),
         )
 
     def _volumes(self) -> list[VolumeSpec]:
@@ -107,6 +110,12 @@ class _Reader:
         value = self._table.get(name)
         if value is not None and (not isinstance(value, str) or not value):
             raise UsageError(f"{self._where}: {name} must be a text")
+        return value
+
+    def _bool(self, name: str) -> bool:
+        value = self._table.get(name, False)
+        if not isinstance(value, bool):
+            raise UsageError(f"{self._where}: {name} must be true or false")
         return value
 
     def _list(self, name: str) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from unionfs.core.reserve import Reserve
@@ -137,6 +138,9 @@ class Dir(Node):
 class InodeTable:
     """All living nodes, by node id."""
 
+    make_node: Callable[[int, int, int, Dir | None, bytes], Node] = Node
+    make_dir: Callable[[int, int, Dir | None, bytes], Dir] = Dir
+
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
         self.reserve = Reserve()
@@ -178,7 +182,7 @@ class InodeTable:
 
     def add_root(self, st: os.stat_result) -> Dir:
         """Create the root directory, which is never forgotten."""
-        root = Dir(ROOT_ID, self.map_ino(st.st_dev, st.st_ino), None, b"")
+        root = self.make_dir(ROOT_ID, self.map_ino(st.st_dev, st.st_ino), None, b"")
         root.nlookup = 1
         self.nodes[ROOT_ID] = root
         return root
@@ -228,7 +232,10 @@ class InodeTable:
         if not made:
             self.reserve.check()
         node_id = self._free_id(ino)
-        node = Dir(node_id, ino, parent, name) if fmt == stat.S_IFDIR else Node(node_id, ino, fmt, parent, name)
+        if fmt == stat.S_IFDIR:
+            node: Node = self.make_dir(node_id, ino, parent, name)
+        else:
+            node = self.make_node(node_id, ino, fmt, parent, name)
         self.nodes[node_id] = node
         parent.children[name] = node
         return node
@@ -247,7 +254,7 @@ class InodeTable:
         if name in parent.children or ino in self.retired or (not layer and rino in self._by_upper):
             return None
         self.reserve.check()
-        node = self.nodes[ino] = parent.children[name] = Node(ino, ino, stat.S_IFREG, parent, name)
+        node = self.nodes[ino] = parent.children[name] = self.make_node(ino, ino, stat.S_IFREG, parent, name)
         node.layer, node.rino = layer, rino
         node.flags = PLAIN if layer else UPPER | PROTECTION_KNOWN
         return node

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from unionfs.config import MountConfig
@@ -117,6 +118,32 @@ class LayerStack:
         except BaseException:
             stack.close()
             raise
+        return stack
+
+    def held(self) -> list[int]:
+        """Return what `take_over` needs."""
+        upper = [self.work_fd] if self.upper is None else [self.work_fd, self.upper.fd]
+        roots = [number for layer in (*self.lowers, *self.data) for number in (layer.fd, layer.read_noatime)]
+        return [len(self._keep), *self._keep, *upper, *roots]
+
+    @classmethod
+    def take_over(cls, config: MountConfig, held: Sequence[int]) -> LayerStack:
+        """Go on with layers that a process has left open that is no more; their paths may lead elsewhere by now.
+
+        *held* is what the stack of that process returned; its descriptors are this process's. No layer is slow.
+        """
+        stack = cls()
+        numbers = iter(held)
+        stack._keep = [next(numbers) for _ in range(next(numbers))]
+        stack.work_fd = next(numbers)
+        if config.upper is not None:
+            stack.upper = stack.by_index[UPPER_INDEX] = Layer(UPPER_INDEX, config.upper, next(numbers))
+        for paths, layers in ((config.lowers, stack.lowers), (config.data_lowers, stack.data)):
+            for path in paths:
+                layer = Layer(len(stack.by_index), path, next(numbers))
+                layer.read_noatime = next(numbers)
+                stack.by_index.append(layer)
+                layers.append(layer)
         return stack
 
     def _open_upper(self, upper: str, work: str | None, *, read_only: bool) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "clone_tree",
     "copy_data",
     "die_with_parent",
+    "end_with_parent",
     "enter_mount_namespace",
     "entry_path",
     "fd_path",
@@ -296,6 +297,12 @@ _PR_SET_PDEATHSIG: Final = 1
 def die_with_parent() -> None:
     """Have this process killed when its parent ends (``prctl(2)``)."""
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise _fail()
+
+
+def end_with_parent() -> None:
+    """Have this process sent SIGTERM when its parent ends (``prctl(2)``)."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
         raise _fail()
 
 

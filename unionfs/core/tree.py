@@ -158,7 +158,7 @@ class Tree:
         fmt = stat.S_IFMT(found.st.st_mode)
         upper = found.layer == 0
         broken = not upper and fmt != stat.S_IFDIR and self._will_break(found)
-        ino = self._ino(found, fmt)
+        ino = self.ino_of(found)
         if fmt != stat.S_IFDIR and not broken:
             real = found.st.st_ino
             known = self.inodes.find_upper(real) if upper else self.inodes.find_lower(ino, real)
@@ -211,9 +211,10 @@ class Tree:
         """A lower hard link that is not indexed gets separated from its other names by copy-up."""
         return found.st.st_nlink > 1 and self.resolver.index_fd < 0 and self.layers.upper is not None
 
-    def _ino(self, found: Found, fmt: int) -> int:
+    def ino_of(self, found: Found) -> int:
+        """Return the ``st_ino`` that the union shows of what was found."""
         st = found.st
-        if fmt == stat.S_IFDIR:
+        if found.is_dir:
             st = found.top_lower or st
         elif found.layer == 0 and found.origin is not None and (found.index_name or found.lower_nlink == 1):
             return self.inodes.map_ino(*found.origin)

@@ -19,8 +19,8 @@ import os
 import resource
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, Self
 
 from unionfs.config import MountConfig
 from unionfs.core import acl, index, sysio
@@ -111,6 +111,8 @@ class DirHandle:
 class Union:
     """One union. Create it with :meth:`open`."""
 
+    make_inodes: type[InodeTable] = InodeTable
+
     def __init__(
         self, config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format, index_fd: int
     ) -> None:
@@ -119,7 +121,7 @@ class Union:
         self.layers = layers
         self.door = layers.door
         self.work = work
-        self.inodes = InodeTable()
+        self.inodes = self.make_inodes()
         for layer in (layers.upper, *layers.lowers):
             self.inodes.know_device(layer.device if layer is not None else -1)
         self.dirfds = DirFds(layers, _descriptor_room(len(layers.by_index)))
@@ -136,12 +138,12 @@ class Union:
         self._not_there: set[tuple[int, str]] = set()  # layer, attribute
 
     @classmethod
-    def open(cls, config: MountConfig) -> Union:
-        """Open the layers of *config* and prepare the work directory.
+    def open(cls, config: MountConfig, held: Sequence[int] = ()) -> Self:
+        """Open the layers of *config* and prepare the work directory; *held* is as of `LayerStack.take_over`.
 
         Raises LayerError and BusyError for layers that can't be used.
         """
-        layers = LayerStack.open(config)
+        layers = LayerStack.take_over(config, held) if held else LayerStack.open(config)
         work: WorkDir | None = None
         try:
             userxattr = config.userxattr if config.userxattr is not None else not _may_set_trusted(layers)

@@ -156,12 +156,14 @@ static void write_later(struct job job, const char *buf)
 
 /*
  * An appending writer's offset is the end of the file as the kernel knows it, but others may append behind the mount:
- * the host finds the end. Pages of a shared mapping have their offset, whatever handle they are written through.
+ * the host finds the end. Pages of a shared mapping have their offset, whatever handle they are written through. So has
+ * what is sent again, since a daemon that is no more may have written it.
  */
 void serve_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off,
 			struct fuse_file_info *fi)
 {
-	int flags = fi->flags & O_APPEND && !fi->writepage ? RWF_APPEND : 0;
+	bool append = fi->flags & O_APPEND && !fi->writepage && !(request.unique & UNIQUE_RESEND);
+	int flags = append ? RWF_APPEND : 0;
 	struct lazy *lazy = lazy_missing(ino, off, size);
 
 	counters[WRITE]++;

@@ -86,6 +86,9 @@ struct request {
 
 extern struct request request;
 
+/* Protocol 7.40: set in the number of a request that the kernel sends again. */
+#define UNIQUE_RESEND (UINT64_C(1) << 63)
+
 extern bool passthrough; /* after INIT: whether the kernel has it */
 
 /* A message is about to be handled: set `request`. */
@@ -241,7 +244,7 @@ struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
 
 extern PyMethodDef module_methods[], session_methods[], request_methods[], ioctl_methods[], owned_methods[];
 extern PyMethodDef bound_methods[], bound_file_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
-extern PyMethodDef reply_methods[], listed_methods[], copied_methods[];
+extern PyMethodDef reply_methods[], listed_methods[], copied_methods[], forking_methods[];
 
 #pragma GCC visibility pop
 

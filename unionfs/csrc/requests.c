@@ -12,11 +12,14 @@
 /* Protocol 7.40, which older headers lack. */
 #define INIT_EXT (UINT32_C(1) << 30) /* in flags: flags2 holds the bits from 32 on */
 #define INIT2_PASSTHROUGH (UINT32_C(1) << (37 - 32))
+#define INIT2_RESEND (UINT32_C(1) << (39 - 32)) /* the kernel knows FUSE_NOTIFY_RESEND */
 
 struct request request;
 static bool ask_passthrough; /* before INIT: whether to ask for it */
 static bool old_kernel; /* before INIT: take the kernel for one that lacks all that libfuse doesn't know */
 bool passthrough;
+static char init_message[512]; /* as the kernel sent it: it sends none to a daemon that takes the mount over */
+static size_t init_size;
 static bool killpriv_v2; /* the kernel leaves the clearing of suid and sgid to us, and says when */
 
 /* Whether the message asks for suid and sgid to be cleared: flags that libfuse does not pass on. */
@@ -82,35 +85,45 @@ static size_t amend_init(char *reply, size_t size, const struct fuse_init_in *in
 }
 
 /*
- * Let libfuse answer INIT into a socket in place of the device, amend the answer, and send it. libfuse writes to the
- * descriptor that it knows by number; nothing else uses it yet.
+ * Let libfuse answer INIT into a socket in place of the device, and amend the answer. libfuse writes to the descriptor
+ * that it knows by number; nothing else uses it yet. Returns the size of the answer, -1 if there can be no socket.
  */
-static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
+static ssize_t answer_init(struct fuse_session *se, const struct fuse_buf *buf, char *reply, size_t room)
 {
 	const struct fuse_init_in *in = (const void *)((const struct fuse_in_header *)buf->mem + 1);
 	int device = fuse_session_fd(se);
 	int saved, pair[2];
-	char reply[4096] __attribute__((aligned(8)));
 	ssize_t size;
 
 	saved = fcntl(device, F_DUPFD_CLOEXEC, 0);
 	if (saved < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
 		if (saved >= 0)
 			close(saved);
-		REAL(fuse_session_process_buf)(se, buf); /* plain INIT: fewer features, still right */
-		return;
+		return -1;
 	}
 	dup3(pair[1], device, O_CLOEXEC);
 	REAL(fuse_session_process_buf)(se, buf);
 	dup3(saved, device, O_CLOEXEC);
-	size = recv(pair[0], reply, sizeof(reply), MSG_DONTWAIT);
+	size = recv(pair[0], reply, room, MSG_DONTWAIT);
 	close(pair[0]);
 	close(pair[1]);
 	close(saved);
-	if (size <= 0)
-		return;
-	size = (ssize_t)amend_init(reply, (size_t)size, in);
-	if (write(device, reply, (size_t)size) != size)
+	return size <= 0 ? 0 : (ssize_t)amend_init(reply, (size_t)size, in);
+}
+
+static void process_init(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	char reply[4096] __attribute__((aligned(8)));
+	ssize_t size;
+
+	if (buf->size <= sizeof(init_message)) {
+		memcpy(init_message, buf->mem, buf->size);
+		init_size = buf->size;
+	}
+	size = answer_init(se, buf, reply, sizeof(reply));
+	if (size < 0)
+		REAL(fuse_session_process_buf)(se, buf); /* plain INIT: fewer features, still right */
+	else if (size > 0 && write(fuse_session_fd(se), reply, (size_t)size) != size)
 		fuse_session_exit(se);
 }
 
@@ -158,7 +171,60 @@ static PyObject *py_kill_suidgid(PyObject *self UNUSED, PyObject *args UNUSED)
 	return PyBool_FromLong(request.kill_suidgid);
 }
 
+static PyObject *py_unique(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyLong_FromUnsignedLongLong(request.unique);
+}
+
+static PyObject *py_device(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyLong_FromLong(session ? fuse_session_fd(session) : -1);
+}
+
+static PyObject *py_init_message(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyBytes_FromStringAndSize(init_message, (Py_ssize_t)init_size);
+}
+
+static PyObject *py_resends(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	const struct fuse_init_in *in = (const void *)(init_message + sizeof(struct fuse_in_header));
+
+	return PyBool_FromLong(!old_kernel && init_size >= sizeof(struct fuse_in_header) + sizeof(*in) &&
+			       in->flags & INIT_EXT && in->flags2 & INIT2_RESEND);
+}
+
+/* Agree with libfuse on what was agreed on with the kernel when another daemon had the mount. */
+static PyObject *py_resume(PyObject *self UNUSED, PyObject *args)
+{
+	char reply[4096] __attribute__((aligned(8)));
+	const char *message;
+	Py_ssize_t size;
+	struct fuse_buf buf = {.mem = init_message};
+
+	if (!PyArg_ParseTuple(args, "y#", &message, &size))
+		return NULL;
+	if (!session || size < (Py_ssize_t)(sizeof(struct fuse_in_header) + sizeof(struct fuse_init_in)) ||
+	    size > (Py_ssize_t)sizeof(init_message)) {
+		PyErr_SetString(PyExc_ValueError, "no such INIT");
+		return NULL;
+	}
+	memcpy(init_message, message, (size_t)size);
+	buf.size = init_size = (size_t)size;
+	note_request(&buf);
+	if (answer_init(session, &buf, reply, sizeof(reply)) <= 0) {
+		PyErr_SetString(PyExc_OSError, "libfuse does not answer INIT");
+		return NULL;
+	}
+	Py_RETURN_NONE;
+}
+
 PyMethodDef request_methods[] = {
+	{"unique", py_unique, METH_NOARGS, "The number of the request being dispatched."},
+	{"device", py_device, METH_NOARGS, "The session's descriptor, -1 without a session."},
+	{"init_message", py_init_message, METH_NOARGS, "The kernel's INIT."},
+	{"resends", py_resends, METH_NOARGS, "Whether the kernel sends again what was not answered, if asked to."},
+	{"resume", py_resume, METH_VARARGS, "(message): take the kernel's INIT as answered."},
 	{"killpriv_v2", py_killpriv_v2, METH_NOARGS, "Whether the kernel leaves suid and sgid to us."},
 	{"xattr_flags", py_xattr_flags, METH_NOARGS, "The flags of the SETXATTR being dispatched."},
 	{"kill_suidgid", py_kill_suidgid, METH_NOARGS, "Whether the request being dispatched must clear suid and sgid."},

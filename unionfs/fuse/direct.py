@@ -25,16 +25,19 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from unionfs.fuse import native, wire
 from unionfs.core.copyup import DataCopyPending
 from unionfs.core.dirops import Caller, caller
-from unionfs.fuse.handles import Handles
 from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
 from unionfs.core.union import Changes, DirHandle, Union, stored
+from unionfs.fuse import native, wire
+from unionfs.fuse.handles import Handles
+
+if TYPE_CHECKING:
+    from unionfs.fuse.restart import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Direct:
         closed: Callable[[Node], None],
         covered: Mapping[tuple[int, bytes], object],
         out_of_memory: Callable[[], None],
+        keeper: Keeper | None = None,
     ) -> None:
         """Share with the operations what both work on.
 
@@ -89,6 +93,7 @@ class Direct:
             closed: is told of files of which a handle was closed.
             covered: (id of a directory, name) where something else than the union's is.
             out_of_memory: is told when there is no memory.
+            keeper: is told of all that changes.
         """
         self._union = union
         self._tree = union.tree
@@ -115,6 +120,8 @@ class Direct:
             del handlers[_GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
         if union.door.is_slow:
             handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
+        if keeper is not None:
+            handlers = {opcode: keeper.keeping(opcode, handler) for opcode, handler in handlers.items()}
         native.answer_directly(handlers, self._failed)
 
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
@@ -450,6 +457,11 @@ class Direct:
         self._kept.add(node.id)
         opened.kept = True
         return wire.open_out(handle, _KEEP_CACHE | _CACHE_DIR, 0)
+
+    def take_over(self) -> None:
+        """Go on with directories that the kernel has opened with another daemon."""
+        self._serial = max((handle >> 1 for handle in self._dir_handles if handle & 1), default=0)
+        self._kept |= {opened.node.id for opened in self._dir_handles.values() if opened.kept}
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""

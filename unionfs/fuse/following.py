@@ -63,6 +63,7 @@ class Following:
         *,
         invalidate_changed: Callable[[], None],
         invalidate_data: Callable[[Node], None],
+        allowed: bool = True,
     ) -> None:
         """Start without any.
 
@@ -71,7 +72,9 @@ class Following:
             patience: waits for its slow layers.
             invalidate_changed: tells the kernel of attributes that copy-up changed.
             invalidate_data: has the kernel forget all that it knows of a file; may wait, so it is called in a thread.
+            allowed: whether data may follow at all.
         """
+        self._allowed = allowed
         self._tree = union.tree
         self._patience = patience
         self._up = union.up
@@ -89,7 +92,7 @@ class Following:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._up.follow_from = LEAST_BYTES if native.active() else None
+                self._up.follow_from = LEAST_BYTES if self._allowed and native.active() else None
                 task_status.started()
                 await trio.sleep_forever()
         finally:

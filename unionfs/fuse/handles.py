@@ -159,6 +159,19 @@ class Handles:
             if not mappers:
                 del self._mappers[node.id]
 
+    def kept(self, node: Node, fd: int) -> tuple[int, bool]:
+        """Return what `take_over` needs to know of an open handle: its backing id, and whether it may map writably."""
+        return self._modes.backing_id(node.id), fd in self._mappers.get(node.id, ())
+
+    def take_over(self, node: Node, fd: int, backing_id: int, *, maps: bool) -> None:
+        """Count a handle that the kernel got from another daemon."""
+        if self._passing:
+            self._modes.take_over(node.id, backing_id)
+            if maps:
+                self._mappers.setdefault(node.id, set()).add(fd)
+        if self._owning and node.flags & _DECIDED == UPPER:
+            native.own_attributes(node.id, fd, node.ino, 0 if node.id in self._mappers else self._timeout)
+
     def attributes_stay(self, node: Node, mode: int) -> bool:
         """Whether the kernel hears of all that changes the node's attributes, *mode* among them, while it is open."""
         if node.id in self._mappers:

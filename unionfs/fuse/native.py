@@ -474,6 +474,53 @@ def take_backing(fd: int) -> int:
     return int(_module.take_backing(fd)) if _module is not None else 0
 
 
+def unique() -> int:
+    """Return the number of the request being handled; valid in a handler up to its first `await`."""
+    return int(_module.unique()) if _module is not None else 0
+
+
+def device() -> int:
+    """Return the descriptor through which the kernel is talked to, -1 without a session."""
+    return int(_module.device()) if _module is not None else -1
+
+
+def init_message() -> bytes:
+    """Return the kernel's INIT, empty before it has come."""
+    return bytes(_module.init_message()) if _module is not None else b""
+
+
+def resends() -> bool:
+    """Whether the kernel sends again what a daemon has not answered (FUSE_NOTIFY_RESEND); known after INIT."""
+    return _module is not None and bool(_module.resends())
+
+
+def resume(message: bytes) -> None:
+    """Take INIT as answered, as the daemon did from which the mount is taken over.
+
+    Call it when `pyfuse3.init` has got that mount's descriptor, or a copy of it, in place of a mount point.
+
+    Args:
+        message: that daemon's `init_message`.
+
+    Raises:
+        OSError: libfuse does not take it.
+    """
+    assert _module is not None
+    _module.resume(message)
+
+
+def fork_sharing_files() -> int:
+    """Do as `os.fork`, but both processes share one table of descriptors: what one opens, the other has.
+
+    The caller must have no other thread, and have called `load`.
+
+    Raises:
+        OSError: as fork(2).
+    """
+    assert _module is not None
+    return int(_module.fork_sharing_files())
+
+
 def readiness(spin: float, linger: float, slice_seconds: float, loop_fd: int) -> ModuleType | None:
     """Make receiving non-blocking and return its controls (`may_receive`, `drained`, `new_slice`), for `dispatch`.
 
@@ -551,6 +598,15 @@ class IoModes:
         if _module is not None:
             _module.announce_backing(fd, mode.backing_id)
         return mode.backing_id != 0
+
+    def backing_id(self, node: int) -> int:
+        """Return the backing id of an open node, 0 where it is not passed through."""
+        mode = self._modes.get(node)
+        return 0 if mode is None else mode.backing_id
+
+    def take_over(self, node: int, backing_id: int) -> None:
+        """Count a handle that the kernel got from another daemon: backing ids belong to the connection."""
+        self._modes.setdefault(node, _Mode(backing_id=backing_id)).handles += 1
 
     def opened_natively(self, node: int, backing_id: int) -> None:
         """Count the first handle of a node, opened by the native layer, with its backing id; 0: none."""

@@ -20,7 +20,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -40,6 +40,9 @@ from unionfs.fuse.following import Following
 from unionfs.fuse.handles import Handles, NativeDirectories
 from unionfs.fuse.patience import Patience
 from unionfs.fuse.watching import ABSENT_SECONDS, Watching
+
+if TYPE_CHECKING:
+    from unionfs.fuse.restart import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ def handler(fn: Handler[S, P, R]) -> Handler[S, P, R]:
     @functools.wraps(fn)
     async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            if self.keeper is not None:
+                return await self.keeper.attend(lambda: fn(self, *args, **kwargs))
             if self.patience.needed:
                 return await self.patience.attempt(fn, self, *args, **kwargs)
             return await fn(self, *args, **kwargs)
@@ -125,13 +130,14 @@ class UnionOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, union: Union, config: MountConfig) -> None:
+    def __init__(self, union: Union, config: MountConfig, keeper: Keeper | None = None) -> None:
         super().__init__()
+        self.keeper = keeper
         self._union = union
         self._tree = union.tree
         self._inodes = union.inodes
         self._timeout = FOREVER if config.timeout is None else config.timeout
-        self._dir_handles: dict[int, DirHandle] = {}
+        self._dir_handles: dict[int, DirHandle] = {} if keeper is None else keeper.directories
         self._serial = 0
         self._native = False
         self._ids = config.ids if config.ids.needed else None
@@ -141,7 +147,7 @@ class UnionOperations(pyfuse3.Operations):
             timeout=self._timeout,
             read_only=config.upper is None,
             owning=self._owning,
-            sharing=config.lower != "watch",
+            sharing=config.lower != "watch" and keeper is None,
             fstat=union.door.fstat,
         )
         self._watching: Watching | None = None
@@ -159,6 +165,7 @@ class UnionOperations(pyfuse3.Operations):
             self.patience,
             invalidate_changed=self._invalidate_changed,
             invalidate_data=lambda node: _forget_data({node.id}),
+            allowed=keeper is None,
         )
         union.up.offload = True
         self.answering = trio.Event()  # the kernel's INIT has come: from now on the mount answers
@@ -178,6 +185,8 @@ class UnionOperations(pyfuse3.Operations):
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()
+        if self.keeper is not None:
+            self.keeper.attach(self._union, self._handles)
         if self._native and self._owning:
             self._tree.dirfds.watcher = NativeDirectories(self._timeout)
         if self._native and covered is not None:
@@ -191,7 +200,17 @@ class UnionOperations(pyfuse3.Operations):
                 closed=self._following.closed,
                 covered=covered,
                 out_of_memory=self.out_of_memory,
+                keeper=self.keeper,
             )
+
+    def take_over(self) -> None:
+        """Go on where another daemon was ended; no request may have been received yet. Raises OSError."""
+        assert self.keeper is not None
+        nodes = self.keeper.take_over()
+        self._serial = max((handle for handle in self._dir_handles if not handle & 1), default=0)
+        self._direct.take_over()
+        for node in nodes:
+            self._invalidate(node)  # it may have been about to
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what the operations need in the background, for as long as the mount lives."""
@@ -369,6 +388,8 @@ class UnionOperations(pyfuse3.Operations):
                     log.exception("forget failed")
             else:
                 self._inodes.retired.discard(node_id)
+        if self.keeper is not None:
+            self.keeper.flush()
 
     @handler
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -239,18 +239,17 @@ def _makes_sense(record: Record) -> bool:
     )
 
 
-def record_path(directory: str) -> str:
-    """Return where this process's record belongs in `directory`; the start time tells reused pids apart."""
-    pid = os.getpid()
+def record_path(directory: str, pid: int) -> str:
+    """Return where a process's record belongs in `directory`; the start time tells reused pids apart."""
     return os.path.join(directory, f"{pid}.{process_start(pid)}.json")
 
 
 def write(record: Record) -> str | None:
-    """Store `record` for this process and return its file's path; None where there is no place for it."""
+    """Store `record` for its process and return its file's path; None where there is no place for it."""
     directory = state_directory()
     if directory is None:
         return None
-    path = record_path(directory)
+    path = record_path(directory, record.pid)
     _store(path, record)
     return path
 

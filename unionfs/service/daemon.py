@@ -9,12 +9,17 @@ pyfuse3 and trio are imported only here. The mount ends when it is unmounted fro
 closes the session), or on SIGTERM, SIGINT or SIGHUP, which wait while the mount is made until somebody
 listens; SIGUSR1 writes the counters and the trio tasks to the log. Whatever happens, the union is closed and
 the record removed.
+
+With `config.auto_restart` the process that would be the daemon becomes its supervisor (`supervise`), and `serve` runs
+in a child of it, with a `Ledger`. A child that dies, or fails when the mount answers already, leaves mount and record
+to the next one, which `_mount_and_run` lets go on from there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import logging.handlers
@@ -26,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import unionfs
@@ -44,7 +50,9 @@ if TYPE_CHECKING:
 
     from unionfs.core.bind import BindPoint
     from unionfs.core.union import Union
+    from unionfs.fuse.ledger import Ledger
     from unionfs.fuse.ops import UnionOperations
+    from unionfs.fuse.restart import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +131,83 @@ def _become_daemon(config: MountConfig, volumes: MountVolumes, writer: int) -> N
             os.dup2(null, fd)
         if null > 2:
             os.close(null)
-        status = _serve_and_tell(config, volumes, writer)
+        if config.auto_restart:
+            status = _supervise(config, volumes, writer, lambda _: None)
+        else:
+            status = _serve_and_tell(config, volumes, writer)
     finally:
         os._exit(status)
 
 
-def _serve_and_tell(config: MountConfig, volumes: MountVolumes, writer: int) -> int:
-    """Serve, and write the outcome of the start to `writer`; return the process's exit status."""
+def start_in_foreground(config: MountConfig, volumes: MountVolumes = NO_VOLUMES) -> None:
+    """Mount and serve until unmounted, and tell the service manager, if there is one, when the mount answers.
+
+    Raises the UnionError that kept the union from being mounted, or from being served on.
+    """
+    if not config.auto_restart:
+        serve(config, lambda: notify.tell(notify.READY), volumes)
+        return
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    status = _supervise(config, volumes, writer, notify.tell)
+    try:
+        word = os.read(reader, 65536)
+    except BlockingIOError:
+        word = b""
+    os.close(reader)
+    code, message = json.loads(word) if word else (0, "")
+    if code:
+        raise from_exit_code(code, message)
+    if status:
+        raise MountFailed(f"the daemon for {config.mountpoint} has died: the log says more")
+
+
+def _supervise(config: MountConfig, volumes: MountVolumes, writer: int, tell: Callable[[str], None]) -> int:
+    """Have one daemon after the other serve, and `tell` how the mount is; return the exit status of the last one."""
+    from unionfs.fuse.ledger import State
+    from unionfs.service.supervise import Supervisor
+
+    if not native.load():  # before it is a daemon's: forking takes it
+        _telling(writer)(EnvironmentUnfit.exit_code, "--auto-restart needs the native part, which is not built")
+        return EnvironmentUnfit.exit_code
+
+    _prepare_process()
+    _import_pyfuse3()  # the next daemon is there the sooner, and this process shares the memory with it
+    # What is imported later the mount may hide.
+    from unionfs.fuse import dispatch, ops, restart  # noqa: F401
+    from unionfs.service import unmount  # noqa: F401
+
+    def run(ledger: Ledger) -> int:
+        if ledger.state is State.STARTING:
+            return _serve_and_tell(config, volumes, writer, ledger)
+        ledger.base.discard(writer)  # closed by the first one, so the number may be another's
+        return _serve_and_tell(config, volumes, -1, ledger)
+
+    def gone() -> None:
+        _unmount(config.mountpoint, supervisor.ledger.dev)
+        directory = control.state_directory()
+        if directory is not None:
+            control.remove(control.record_path(directory, os.getpid()))
+
+    def say(level: int, line: str) -> None:
+        with _logging(config, os.getpid(), stays=lambda: True):
+            log.log(level, "%s: %s", config.mountpoint, line)
+
+    supervisor = Supervisor(
+        run, ready=lambda: tell(notify.READY), ending=lambda: tell(notify.STOPPING), gone=gone, say=say
+    )
+    try:
+        return supervisor.run()
+    except OSError as error:
+        line = f"can't start a daemon: {error.strerror}"
+        if supervisor.serves:
+            say(logging.ERROR, line)
+        else:
+            _telling(writer)(MountFailed.exit_code, line)
+        return MountFailed.exit_code
+
+
+def _telling(writer: int) -> Callable[[int, str], None]:
+    """Return what writes the outcome of the start to a pipe, once; -1: there is none."""
 
     def tell(code: int, message: str) -> None:
         nonlocal writer
@@ -139,8 +217,14 @@ def _serve_and_tell(config: MountConfig, volumes: MountVolumes, writer: int) -> 
             os.close(writer)
             writer = -1
 
+    return tell
+
+
+def _serve_and_tell(config: MountConfig, volumes: MountVolumes, writer: int, ledger: Ledger | None = None) -> int:
+    """Serve, and write the outcome of the start to `writer`; return the process's exit status."""
+    tell = _telling(writer)
     try:
-        serve(config, lambda: tell(0, ""), volumes)
+        serve(config, lambda: tell(0, ""), volumes, ledger)
     except UnionError as error:
         tell(error.exit_code, str(error))
         return error.exit_code
@@ -153,14 +237,22 @@ def _serve_and_tell(config: MountConfig, volumes: MountVolumes, writer: int) -> 
 # --- serving --------------------------------------------------------------------------------------
 
 
-def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES) -> None:
+def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES, ledger: Ledger | None = None) -> None:
     """Mount and serve until unmounted; call `ready` once, when the mount answers and its volumes are bound.
+
+    With a ledger that says so the mount is taken over from another daemon, and left to the next one where this fails.
 
     Raises a UnionError for what keeps the union from being mounted.
     """
-    with _logging(config) as log_file:
+    keeper = None
+    if ledger is not None:
+        from unionfs.fuse.restart import Keeper
+
+        keeper = Keeper(ledger)  # before anything is opened
+    owner = os.getpid() if keeper is None else keeper.ledger.supervisor
+    with _logging(config, owner, stays=lambda: keeper is not None and keeper.goes_on) as log_file:
         mounted = MountedVolumes(config, volumes)
-        life = _Life(config, ready, log_file, volumes.name, mounted)
+        life = _Life(config, ready, log_file, volumes.name, mounted, keeper)
         try:
             _open_and_run(config, life)
         except UnionError as error:
@@ -172,7 +264,8 @@ def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES)
         finally:
             log.info("%s: ended", config.mountpoint)
             mounted.close()
-            control.remove(life.record_path)  # from here on the layers are free
+            if not life.goes_on:
+                control.remove(life.record_path)  # from here on the layers are free
             _sync(life.to_sync)  # which may take its time
 
 
@@ -181,8 +274,14 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
     old_kernel = bool(os.environ.get(OLD_KERNEL))
     if old_kernel:
         sysio.pretend_old_kernel()
+    if life.keeper is not None and life.keeper.resuming:
+        passthrough = life.keeper.passthrough  # looking at the layers' paths might lead into the mount
+    else:
+        passthrough = config.native and _wants_passthrough(config)
+        if life.keeper is not None:
+            life.keeper.passthrough = passthrough
     native_loaded = config.native and native.load(  # before pyfuse3, or it would not be found first
-        passthrough=_wants_passthrough(config), old_kernel=old_kernel
+        passthrough=passthrough, old_kernel=old_kernel
     )
     _import_pyfuse3()
     if config.native:
@@ -192,12 +291,18 @@ def _open_and_run(config: MountConfig, life: _Life) -> None:
     from unionfs.core.union import Union
 
     life.volumes.prepare()
-    union = Union.open(config)
+    if life.keeper is not None:
+        from unionfs.fuse.once import KeptUnion
+
+        union: Union = KeptUnion.of(config, life.keeper.past.layers, life.keeper.once)
+    else:
+        union = Union.open(config)
     try:
         log.info("layers open; native part %s", "loaded" if native_loaded else "not used")
         _mount_and_run(config, union, life)
     finally:
-        union.close()
+        if not life.goes_on:  # what is open is the next daemon's too
+            union.close()
 
 
 def _sync(fd: int) -> None:
@@ -232,20 +337,55 @@ def _mount_and_run(config: MountConfig, union: Union, life: _Life) -> None:
     operations = _operations(config, union, life)
     to_sync = union.open_to_sync()  # at the end there may be no descriptor left for it
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a mount must not be left behind: see `_handle_signals`
+    place, device = config.mountpoint, -1
+    if life.keeper is not None and life.keeper.resuming:
+        device = os.dup(life.keeper.past.device)  # the other one stays, whatever becomes of this daemon
+        place = f"/dev/fd/{device}"
     with _stderr_captured() as said:
         try:
-            pyfuse3.init(
-                operations, config.mountpoint, libfuse_options(config, ro_possible=not life.volumes.needs_fuse)
-            )
+            pyfuse3.init(operations, place, libfuse_options(config, ro_possible=not life.volumes.needs_fuse))
         except RuntimeError as error:
             raise MountFailed(f"can't mount on {config.mountpoint}: {said() or error}") from None
     try:
+        if device >= 0:
+            _take_over(operations, device)
         trio.run(life.run, operations)
+        life.ended()
     except BaseExceptionGroup as group:
         raise _only_error(group) from group
     finally:
-        pyfuse3.close(unmount=True)
+        if not life.goes_on:
+            pyfuse3.close(unmount=True)
+            if device >= 0 and life.keeper is not None:
+                _unmount(config.mountpoint, life.keeper.ledger.dev)
         life.to_sync = to_sync
+
+
+def _take_over(operations: UnionOperations, device: int) -> None:
+    """Go on where another daemon was ended. What the kernel asks comes only after that."""
+    assert operations.keeper is not None
+    started = time.monotonic()
+    native.resume(operations.keeper.past.init)
+    gc.disable()  # many objects are made, and none of them is to go
+    operations.take_over()
+    gc.enable()
+    with contextlib.suppress(OSError):  # unmounted meanwhile, as the session will find out
+        operations.keeper.have_resent(device)
+    log.info("took over %d nodes in %.3f s", operations.counters()["nodes"], time.monotonic() - started)
+
+
+def _unmount(mountpoint: str, dev: str) -> None:
+    """Take the mount off, which libfuse does only for the session that made it."""
+    mount = mounted_at(mountpoint)
+    if mount is None or mount.fstype != FUSE_TYPE or mount.dev != dev:
+        return
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            sysio.unmount(os.fsencode(mountpoint), detach=True)
+    else:
+        from unionfs.service import unmount
+
+        unmount.detach(mountpoint)
 
 
 def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperations:
@@ -257,22 +397,41 @@ def _operations(config: MountConfig, union: Union, life: _Life) -> UnionOperatio
         return BindingOperations(union, config)
     from unionfs.fuse.ops import UnionOperations
 
-    return UnionOperations(union, config)
+    return UnionOperations(union, config, life.keeper)
 
 
 class _Life:
     """The trio side of one mount: its session, its signals, its readiness."""
 
     def __init__(
-        self, config: MountConfig, ready: Ready, log_file: str | None, name: str | None, volumes: MountedVolumes
+        self,
+        config: MountConfig,
+        ready: Ready,
+        log_file: str | None,
+        name: str | None,
+        volumes: MountedVolumes,
+        keeper: Keeper | None = None,
     ) -> None:
         self.config = config
         self.ready = ready
         self.log_file = log_file
         self.name = name
         self.volumes = volumes
+        self.keeper = keeper
         self.record_path: str | None = None
         self.to_sync = -1  # a descriptor on the file system of upper, once the session has ended
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another daemon is to serve the mount when this one has failed."""
+        return self.keeper is not None and self.keeper.goes_on
+
+    def ended(self) -> None:
+        """Note that the mount has ended."""
+        if self.keeper is not None:
+            from unionfs.fuse.ledger import State
+
+            self.keeper.ledger.state = State.ENDED
 
     async def run(self, operations: UnionOperations) -> None:
         """Serve until the session ends."""
@@ -304,9 +463,25 @@ class _Life:
         if self.volumes:
             await self._bind_volumes(operations)
         operations.patience.begin()
+        self._check_resending()
         self.record_path = self._write_record()
+        self._serving()
         self.ready()
         log.info("%s: mounted", mountpoint)
+
+    def _check_resending(self) -> None:
+        if self.keeper is not None and not native.resends():
+            raise EnvironmentUnfit(
+                "--auto-restart needs Linux 6.9: an older kernel never answers what a daemon was asked before it died"
+            )
+
+    def _serving(self) -> None:
+        if self.keeper is not None:
+            from unionfs.fuse.ledger import State
+            from unionfs.service.supervise import SERVES
+
+            self.keeper.ledger.state = State.SERVING
+            os.kill(self.keeper.ledger.supervisor, SERVES)
 
     async def _bind_volumes(self, operations: UnionOperations) -> None:
         import trio
@@ -335,6 +510,8 @@ class _Life:
         import pyfuse3
         import trio
 
+        for heard in SIGNALS:  # when trio listens no more the end must not be cut short by another one
+            signal.signal(heard, _heed_not)
         with trio.open_signal_receiver(*SIGNALS) as signals:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             task_status.started()
@@ -349,18 +526,27 @@ class _Life:
                     pyfuse3.terminate()
 
     def _ending(self) -> None:
-        if self.config.foreground:
+        if self.keeper is not None:
+            from unionfs.fuse.ledger import State
+
+            self.keeper.ledger.state = State.ENDING  # the supervisor tells
+        elif self.config.foreground:
             notify.tell(notify.STOPPING)
 
     def _write_record(self) -> str | None:
         config = self.config
         mount = mounted_at(config.mountpoint)
+        dev = mount.dev if mount else ""
+        if self.keeper is not None:
+            # A daemon that took the mount over may find another one on top of it, or not find it.
+            dev = self.keeper.ledger.dev = self.keeper.ledger.dev or dev
+        pid = os.getpid() if self.keeper is None else self.keeper.ledger.supervisor
         record = control.Record(
-            pid=os.getpid(),
-            start=control.process_start(os.getpid()) or 0,
+            pid=pid,
+            start=control.process_start(pid) or 0,
             pidns=control.pid_namespace(),
             mountpoint=config.mountpoint,
-            dev=mount.dev if mount else "",
+            dev=dev,
             name=self.name,
             lowers=list(config.lowers),
             data_lowers=list(config.data_lowers),
@@ -377,6 +563,10 @@ class _Life:
         if path is None:
             log.warning("no place for the state file: unionfs ls and umount won't know this mount")
         return path
+
+
+def _heed_not(number: int, frame: FrameType | None) -> None:
+    """Take a signal that comes when the daemon is ending already."""
 
 
 def libfuse_options(config: MountConfig, *, ro_possible: bool = True) -> set[str]:
@@ -449,13 +639,13 @@ def _stderr_captured() -> Iterator[Callable[[], str]]:
 
 
 @contextlib.contextmanager
-def _logging(config: MountConfig) -> Iterator[str | None]:
+def _logging(config: MountConfig, owner: int, *, stays: Callable[[], bool]) -> Iterator[str | None]:
     """Send the log where it belongs while the daemon runs; the value is the log file's name, if it is one.
 
-    With --foreground that is standard error, else --log-file, else the system log, else a small file beside
-    the record.
+    With --foreground that is standard error, else --log-file, else the system log, else a small file beside the record,
+    which is that of process `owner`. `stays` tells at the end whether that file is still needed.
     """
-    handler, path = _log_handler(config)
+    handler, path = _log_handler(config, owner)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(config.log_level.upper())
@@ -465,11 +655,11 @@ def _logging(config: MountConfig) -> Iterator[str | None]:
     finally:
         root.removeHandler(handler)
         handler.close()
-        if path is not None and path != config.log_file:
+        if path is not None and path != config.log_file and not stays():
             control.remove_log(path)
 
 
-def _log_handler(config: MountConfig) -> tuple[logging.Handler, str | None]:
+def _log_handler(config: MountConfig, owner: int) -> tuple[logging.Handler, str | None]:
     """Return the handler and, if it writes to a file, the file's name."""
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     handler: logging.Handler
@@ -482,7 +672,7 @@ def _log_handler(config: MountConfig) -> tuple[logging.Handler, str | None]:
         handler = logging.handlers.SysLogHandler(SYSTEM_LOG)
         handler.ident = f"unionfs[{os.getpid()}]: "
         layout = "%(levelname)s %(name)s: %(message)s"
-    elif (path := _default_log()) is not None:
+    elif (path := _default_log(owner)) is not None:
         handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
     else:
         handler = logging.NullHandler()
@@ -523,11 +713,11 @@ def _for_log(path: str, flags: int) -> int:
     return os.open(path, flags, LOG_MODE)
 
 
-def _default_log() -> str | None:
+def _default_log(owner: int) -> str | None:
     directory = control.state_directory()
     if directory is None:
         return None
-    return control.log_path(control.record_path(directory))
+    return control.log_path(control.record_path(directory, owner))
 
 
 def shown_options(config: MountConfig) -> dict[str, object]:

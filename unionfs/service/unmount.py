@@ -90,6 +90,14 @@ def clear_dead(mountpoint: str) -> None:
         _detach(mountpoint, lazy=True)
 
 
+def detach(mountpoint: str) -> str | None:
+    """Take a mount off the tree, in use or not; return the error's text, None when done.
+
+    Raises EnvironmentUnfit where there is no program to do it.
+    """
+    return _detach(mountpoint, lazy=True)
+
+
 def _find(word: str) -> str:
     """Return the mount point that `word` means: a path, or else the name of a mount that runs."""
     if not word:
