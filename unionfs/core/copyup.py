@@ -111,9 +111,9 @@ class DataCopy:
         self._capability = get_xattr(sysio.fd_path(target), CAPABILITY, follow=True) if in_place else None
 
     def run(self) -> None:
-        """Copy, and sync what was copied."""
-        sysio.copy_data(self.source, self.target, self.size)
-        self.sync()
+        """Copy, and sync what was copied, but for a reflink (as ``ovl_copy_up_file``)."""
+        if not sysio.copy_data(self.source, self.target, self.size):
+            self.sync()
 
     def sync(self) -> None:
         """Sync what was copied; in any thread.

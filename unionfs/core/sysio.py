@@ -635,16 +635,25 @@ def clone_file(source: int, target: int) -> bool:
     return True
 
 
-def copy_data(source: int, target: int, size: int, progress: Callable[[int], bool] | None = None) -> None:
+def copy_data(source: int, target: int, size: int, progress: Callable[[int], bool] | None = None) -> bool:
     """Copy the first *size* bytes: as a reflink, else with ``copy_file_range``, else by reading and writing.
 
     Holes stay holes (mirrors ``ovl_copy_up_file``). *target* must be empty or hold nothing of value; it ends with
     exactly *size* bytes. *progress*, called with the offset reached, may return False to stop early.
+
+    Returns whether it is a reflink of all of the source. That needs no sync before the target gets a name: the source's
+    data is on disk by then, and the reflink stands in the file system's journal before the name.
     """
     if size and clone_file(source, target):
-        if os.fstat(target).st_size != size:
-            os.ftruncate(target, size)
-        return
+        if os.fstat(target).st_size == size:
+            return True
+        os.ftruncate(target, size)
+        return False
+    _copy_stretches(source, target, size, progress)
+    return False
+
+
+def _copy_stretches(source: int, target: int, size: int, progress: Callable[[int], bool] | None) -> None:
     os.ftruncate(target, size)
     at = 0
     while at < size:
