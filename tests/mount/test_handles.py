@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 import shutil
-import signal
 import stat
 import subprocess
 import time
@@ -76,18 +74,7 @@ def opened() -> Iterator[Callable[..., int]]:
 
 def passed(stack: Stack) -> int:
     """How many opens have been passthrough."""
-    return counted(stack, "native_passthrough")
-
-
-def counted(stack: Stack, what: str) -> int:
-    """A counter, from the daemon's dump on SIGUSR1."""
-    before = len(stack.log.read_text())
-    os.kill(stack.daemon(), signal.SIGUSR1)
-    for _ in range(50):
-        time.sleep(0.05)
-        if found := re.search(rf"^\s*{what} (\d+)$", stack.log.read_text()[before:], re.MULTILINE):
-            return int(found[1])
-    raise AssertionError("no dump in the log")
+    return stack.counter("native_passthrough")
 
 
 def content(fd: int) -> bytes:
@@ -187,8 +174,8 @@ def test_readers_share_a_handle(passing: Stack) -> None:
         assert (root / "f").read_bytes() == DATA
         with open(root / "f", "rb") as one, open(root / "f", "rb") as two:
             assert one.read() == two.read() == DATA
-    assert counted(passing, "native_shared") >= 20  # all but the first open, and all but that one's close
-    assert counted(passing, "open_files") == 1
+    assert passing.counter("native_shared") >= 20  # all but the first open, and all but that one's close
+    assert passing.counter("open_files") == 1
     with open(root / "f", "r+b") as file:
         file.write(b"one")
     assert passed(passing) == 1
@@ -196,7 +183,7 @@ def test_readers_share_a_handle(passing: Stack) -> None:
     (root / "g").read_bytes()
     os.truncate(root / "g", 0)
     assert (root / "g").read_bytes() == b""
-    assert counted(passing, "open_files") == 0
+    assert passing.counter("open_files") == 0
     assert (passing.lower / "f").read_bytes() == DATA
 
 
@@ -222,14 +209,14 @@ def test_idle_handles_are_few(passing: Stack) -> None:
     root = passing.mount(under=["prlimit", "--nofile=1024:1024"])
     for _ in range(2):
         assert {name: (root / name).read_bytes() for name in files} == files
-        assert 0 < counted(passing, "open_files") <= 64
+        assert 0 < passing.counter("open_files") <= 64
     for name in files:
         (root / name).unlink()
     for _ in range(100):
-        if counted(passing, "open_files") == 0:
+        if passing.counter("open_files") == 0:
             break
-    assert counted(passing, "open_files") == 0
-    assert counted(passing, "nodes") == 1
+    assert passing.counter("open_files") == 0
+    assert passing.counter("nodes") == 1
 
 
 # --- what is known about what was written --------------------------------------------------------

@@ -190,3 +190,40 @@ def test_a_place_is_found_again(root: Path) -> None:
         stream.seek(place)
         again = {name for name, _, _ in stream}
         assert rest <= again <= rest | new
+
+
+@pytest.fixture
+def long_listing(ours: Stack) -> tuple[Stack, set[str]]:
+    """A mounted union with a directory `d` of ten thousand names, some of which are in upper."""
+    build(ours.lower, {"d": {"sub": {"below": b"x"}}})
+    names = {f"file-{number:05}" for number in range(10_000)}
+    for name in names:
+        os.close(os.open(ours.lower / "d" / name, os.O_CREAT | os.O_WRONLY))
+    root = ours.mount("timeout=0")
+    for number in range(0, 10_000, 500):
+        os.chmod(root / "d" / f"file-{number:05}", 0o600)
+        os.unlink(root / "d" / f"file-{number + 1:05}")
+        (root / "d" / f"new-{number:05}").touch()
+    gone = {f"file-{number + 1:05}" for number in range(0, 10_000, 500)}
+    made = {f"new-{number:05}" for number in range(0, 10_000, 500)}
+    ours.remount()
+    return ours, (names | made | {"sub"}) - gone
+
+
+def test_a_long_listing_goes_on_with_names_alone(long_listing: tuple[Stack, set[str]]) -> None:
+    stack, names = long_listing
+    with os.scandir(stack.mnt / "d") as entries:
+        listed = {entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in entries}
+    assert set(listed) == names
+    assert 8000 < stack.counter("nodes") < 9000
+    for name, (ino, is_dir) in listed.items():
+        st = os.lstat(stack.mnt / "d" / name)
+        assert (ino, is_dir) == (st.st_ino, stat.S_ISDIR(st.st_mode)), name
+
+
+def test_who_looks_at_each_entry_gets_attributes_along(long_listing: tuple[Stack, set[str]]) -> None:
+    stack, names = long_listing
+    with os.scandir(stack.mnt / "d") as entries:
+        looked = {entry.name for entry in entries if entry.stat(follow_symlinks=False)}
+    assert looked == names
+    assert stack.counter("nodes") > len(names)

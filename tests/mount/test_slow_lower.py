@@ -6,7 +6,6 @@ Who wants something of it waits; nobody else does.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import stat
@@ -96,19 +95,6 @@ def walk(top: Path) -> int:
 
 not_so_slow = pytest.mark.parametrize("far", [SECONDS / 20], indirect=True, ids=["1ms"])
 """For tests of what is done, not of who waits."""
-
-
-def counter(stack: Stack, name: str) -> int:
-    """A counter, from the daemon's dump on SIGUSR1."""
-    before = stack.log.read_text().count("dump on SIGUSR1")
-    os.kill(stack.daemon(), signal.SIGUSR1)
-    for _ in range(200):
-        text = stack.log.read_text()
-        found = re.findall(rf"^\s+{name} (\d+)$", text, re.MULTILINE)
-        if text.count("dump on SIGUSR1") > before and len(found) > before:
-            return int(found[-1])
-        time.sleep(0.05)
-    raise AssertionError(f"no counter {name} in the dump")
 
 
 def act_near(own: int, number: int) -> int:
@@ -279,7 +265,7 @@ def test_one_copy_up_for_many_who_want_it(far: Far) -> None:
     for number in range(12):
         expected[number * 8192 : number * 8192 + 4] = b"%04d" % number
     assert (root / "big").read_bytes() == expected
-    assert counter(far.stack, "copy_ups") == 1
+    assert far.stack.counter("copy_ups") == 1
     assert sorted(os.listdir(far.stack.up)) == ["big"]
 
 
@@ -347,11 +333,11 @@ def test_ends_while_requests_wait(far: Far, how: str) -> None:
 def test_the_option_decides(far: Far, options: str, waits: bool) -> None:
     root = far.stack.mount(options)
     assert (root / "small").read_bytes() == b"content"
-    assert bool(counter(far.stack, "slow_answers")) == waits
+    assert bool(far.stack.counter("slow_answers")) == waits
 
 
 def test_local_layers_are_not_slow(ours: Stack) -> None:
     build(ours.lower, {"f": b"x"})
     root = ours.mount()
     assert (root / "f").read_bytes() == b"x"
-    assert counter(ours, "slow_answers") == 0
+    assert ours.counter("slow_answers") == 0

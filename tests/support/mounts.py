@@ -270,6 +270,16 @@ class Stack:
         assert len(found) == 1, f"expected one daemon of {self.mnt}: {found}"
         return next(iter(found))
 
+    def counter(self, name: str) -> int:
+        """A counter of our running daemon, from its dump on SIGUSR1."""
+        before = len(self.log.read_text())
+        os.kill(self.daemon(), signal.SIGUSR1)
+        for _ in range(200):
+            if found := re.search(rf"^\s*{name} (\d+)$", self.log.read_text()[before:], re.MULTILINE):
+                return int(found[1])
+            time.sleep(0.05)
+        raise AssertionError(f"no counter {name} in a dump in the log")
+
     def abort(self) -> None:
         """Free whoever hangs in this mount: abort its connection and detach it."""
         with suppress(OSError):

@@ -91,7 +91,7 @@ class DirHandle:
     it stays the same whatever else happens in the directory, so reading can go on in a newer listing.
     """
 
-    __slots__ = ("again", "cookies", "entries", "kept", "node", "version")
+    __slots__ = ("again", "bare", "children", "cookies", "entries", "kept", "node", "version", "wants_all")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
@@ -102,6 +102,10 @@ class DirHandle:
         )
         self.kept = False  # whether the kernel may keep what it reads through this handle
         self.version = -1  # of the directory when it was read
+        # Of a long listing that is read for its names: how many came last without attributes, and how many of the
+        # directory were in use then; whether the reader has been seen to look at them.
+        self.bare = self.children = 0
+        self.wants_all = False
 
     def first_after(self, cookie: int) -> int:
         """Return the index of the first entry that comes after a cookie."""

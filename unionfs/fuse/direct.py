@@ -62,6 +62,10 @@ _DT_SHIFT: Final = 12
 _setattr_in: Final = struct.Struct("=IIQQQqqqIIIIIIII").unpack_from
 _mkdir_in: Final = struct.Struct("=II").unpack_from
 _DIRENT_SIZE: Final = 24
+_UNKNOWN_INO: Final = 1 << 62
+
+_MANY: Final = 8192
+"""From so many entries on a listing goes without attributes, unless these are asked for."""
 
 
 class Direct:
@@ -481,7 +485,11 @@ class Direct:
         return native.sync_later(fd) if fd >= 0 else 0
 
     def readdirplus(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
-        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies."""
+        """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies.
+
+        The kernel doesn't say whether its reader wants attributes. They are cheap for a few files; for a hundred
+        thousand the disk has to read as many inodes. So a long listing goes on with names alone (`_reads_names`).
+        """
         fh, offset, size = wire.read_in(body)
         handle = self._dir_handles.get(fh)
         if handle is None:
@@ -493,6 +501,9 @@ class Direct:
                 of = node if position == 1 or node.parent is None else node.parent
                 parts.append(wire.NO_ENTRY + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
                 size -= len(parts[-1])
+        if self._reads_names(handle, offset):
+            parts += self._bare(handle, offset, size)
+            return b"".join(parts)
         for position, entry, record in self._listed(handle, offset, size):
             try:
                 packed = self._taken(node, entry, record, size) or self._packed(handle, entry, position, size)
@@ -505,6 +516,44 @@ class Direct:
             parts.append(packed)
             size -= len(packed)
         return b"".join(parts)
+
+    @staticmethod
+    def _reads_names(handle: DirHandle, offset: int) -> bool:
+        """Whether a long listing goes on without attributes: until half of what came so is looked up one by one."""
+        if handle.entries is None or len(handle.entries) < _MANY or handle.first_after(offset) < _MANY:
+            return False
+        if handle.bare and len(handle.node.children) - handle.children > handle.bare // 2:
+            handle.wants_all = True
+        return not handle.wants_all
+
+    def _bare(self, handle: DirHandle, offset: int, room: int) -> list[bytes]:
+        parts: list[bytes] = []
+        for position, entry in self._union.read_entries(handle, offset):
+            room -= wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7
+            if room < 0:
+                break
+            ino = self._ino_of(handle, entry)
+            if ino:
+                parts.append(wire.NO_ENTRY + wire.dirent(ino, position, entry.name, entry.kind))
+        handle.bare, handle.children = len(parts), len(handle.node.children)
+        return parts
+
+    def _ino_of(self, handle: DirHandle, entry: Entry) -> int:
+        """Return the ``st_ino`` of a listed entry, 0 where it is gone."""
+        if self._covered and (handle.node.id, entry.name) in self._covered:
+            return _UNKNOWN_INO
+        ino = self._union.listed_ino(handle.node, entry)
+        if ino is not None:
+            return ino
+        try:
+            looked = self._union.look_at(handle, entry)
+        except OSError:
+            return _UNKNOWN_INO
+        if looked is None:
+            return 0
+        ino = looked[0].ino
+        self._tree.forget(looked[0], 0)
+        return ino
 
     def _listed(self, handle: DirHandle, offset: int, room: int) -> Iterable[tuple[int, Entry, native.Record | None]]:
         """Return what comes after an offset: positions, entries, and where these are plain what the kernel gets."""
@@ -544,7 +593,7 @@ class Direct:
         if wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
             return None
         if self._covered and (handle.node.id, entry.name) in self._covered:
-            return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(_UNKNOWN_INO, position, entry.name, entry.kind)
         known = handle.node.children.get(entry.name)
         if known is not None and known.nlookup > 0 and self._timeout >= _LASTING and not handle.again:
             # The kernel has it, with attributes that last: it would only have to count one more lookup.
@@ -553,7 +602,7 @@ class Direct:
             looked = self._union.look_at(handle, entry)
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return wire.NO_ENTRY + wire.dirent(1 << 62, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(_UNKNOWN_INO, position, entry.name, entry.kind)
         except WouldBlock:
             # Attributes that must be waited for are left to those who want them.
             ino = self._union.listed_ino(handle.node, entry)
