@@ -144,6 +144,8 @@ class Call(NamedTuple):
         return f"{what or self.name} {path}"
 
     def _text(self, address: int) -> str:
+        if not address:
+            return ""  # futimens(3): the object is the descriptor's
         text = b""
         with open(f"/proc/{self.thread}/mem", "rb", buffering=0) as memory:
             while b"\0" not in text and len(text) < _NAME_BYTES:
