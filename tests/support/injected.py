@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.people import REPOSITORY
+from tests.support import patched
 
 ERROR = "InjectedFault"
 _SITE = f"""
-import importlib.machinery, os, sys
+import os
 FLAG = os.environ["UFST_FLAG"]
 
 class {ERROR}(Exception):
@@ -53,25 +53,9 @@ def patch_direct(module):
             setattr(module.Direct, name, raising)
 
 PATCHES = {{"unionfs.fuse.ops": patch_ops, "unionfs.fuse.direct": patch_direct}}
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in PATCHES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            PATCHES[name](module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder)
 """
 
 
 def command(directory: Path) -> list[str]:
     """The words before a daemon's command; *directory* takes the code, and the file `flag` with a handler's name."""
-    (directory / "sitecustomize.py").write_text(_SITE)
-    return ["env", f"PYTHONPATH={directory}:{REPOSITORY}", f"UFST_FLAG={directory / 'flag'}"]
+    return patched.command(directory, _SITE, UFST_FLAG=directory / "flag")

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.people import REPOSITORY
+from tests.support import patched
 
 _SITE = """
-import functools, importlib.machinery, os, signal, sys
+import functools, os, signal
 FLAG = os.environ["UFST_STEP"]
 
 def step():
@@ -78,28 +78,12 @@ def patch_daemon(module):
     module.dump = failing
 
 PATCHES = {"unionfs.core.sysio": patch_sysio, "unionfs.fuse.ledger": patch_ledger, "unionfs.service.daemon": patch_daemon}
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in PATCHES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            PATCHES[name](module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder)
 """
 
 
 def command(directory: Path) -> list[str]:
     """The words before a daemon's command; *directory* takes the code, and the file `step`."""
-    (directory / "sitecustomize.py").write_text(_SITE)
-    return ["env", f"PYTHONPATH={directory}:{REPOSITORY}", f"UFST_STEP={directory / 'step'}"]
+    return patched.command(directory, _SITE, UFST_STEP=directory / "step")
 
 
 def arm(flag: Path, *steps: int) -> None:
