@@ -175,5 +175,5 @@ def test_the_comparison() -> None:
     known = {name for suite in SUITES for each in suite.workloads(Sizes()) for name in (each.name, each.group)}
     for line in lines:
         arguments = parser().parse_args(shlex.split(line)[1:])
-        assert set(arguments.only) <= known
+        assert set(arguments.only or ()) <= known
         assert set(arguments.subjects or ()) <= set(subject_names())

@@ -212,7 +212,7 @@ class MountedVolumes:
             try:
                 attach(BindPoint(target, bind.source.take_fd(), spec.read_only, cached=spec.cached))
             except OSError as error:
-                raise EnvironmentUnfit(self._cannot_bind(error)) from None
+                raise MountFailed(self._cannot_bind(error)) from None
             usher.send(b"done")
         bind.source.close()
 
@@ -249,8 +249,7 @@ class MountedVolumes:
         except UnionError as error:
             tell("error", error.exit_code, str(error))
         except OSError as error:  # what a layer or a volume fails with
-            unfit = EnvironmentUnfit(self._cannot_bind(error))
-            tell("error", unfit.exit_code, str(unfit))
+            tell("error", MountFailed.exit_code, self._cannot_bind(error))
         except BaseException as error:
             tell("error", 1, f"internal error: {type(error).__name__}: {error}")
 
@@ -289,7 +288,7 @@ class MountedVolumes:
                 )
                 bind.mount_id = mount_id_of(bind.source.tree)
         except OSError as error:
-            raise EnvironmentUnfit(f"can't bind {bind.acquired.path} on {spec.target}: {error.strerror}") from None
+            raise MountFailed(f"can't bind {bind.acquired.path} on {spec.target}: {error.strerror}") from None
         finally:
             os.close(target_fd)
         return destination
