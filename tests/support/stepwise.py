@@ -68,7 +68,7 @@ def patch_ledger(module):
     for name in ("append", "note"):
         setattr(module.Ledger, name, stepping(getattr(module.Ledger, name)))
 
-def patch_daemon(module):
+def patch_session(module):
     dump = module.dump
     def failing(operations):
         if os.path.exists(FLAG + ".fail"):
@@ -77,7 +77,7 @@ def patch_daemon(module):
         dump(operations)
     module.dump = failing
 
-PATCHES = {"unionfs.core.sysio": patch_sysio, "unionfs.fuse.ledger": patch_ledger, "unionfs.service.daemon": patch_daemon}
+PATCHES = {"unionfs.core.sysio": patch_sysio, "unionfs.fuse.ledger": patch_ledger, "unionfs.service.session": patch_session}
 """
 
 

@@ -122,7 +122,7 @@ def run(call: Call) -> None:
 
 def _mount(call: Call) -> None:
     from unionfs.host import preflight
-    from unionfs.service import daemon
+    from unionfs.service import starting
 
     if not given_settings(call.options, sloppy=call.sloppy).get("lowers"):
         raise UsageError("name the layers: -o lowerdir=LOWER[:LOWER...][,upperdir=UPPER,workdir=WORK]")
@@ -137,7 +137,7 @@ def _mount(call: Call) -> None:
     if call.fake:
         return
     preflight.check(config)
-    daemon.start(config)
+    starting.start(config)
     if call.verbose:
         layers = ", ".join(f"{what} {path}" for what, path in config.layer_names())
         print(f"unionfs: {call.source} mounted on {config.mountpoint}: {layers}")
@@ -147,7 +147,7 @@ def _enter(namespace: str) -> None:
     """Go to another mount namespace; all that the daemon is made of is loaded before, that may not be there."""
     import unionfs.fuse.bind_ops
     import unionfs.host.preflight
-    import unionfs.service.daemon  # noqa: F401
+    import unionfs.service.starting  # noqa: F401
 
     try:
         sysio.enter_mount_namespace(namespace)

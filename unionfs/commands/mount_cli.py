@@ -162,7 +162,7 @@ def mount(
 ) -> None:
     """Mount a union and return when it answers."""
     from unionfs.host import preflight
-    from unionfs.service import daemon
+    from unionfs.service import starting
 
     file = read_mount_file(config_file) if config_file is not None else MountFile()
     config = _config(file, foreground=foreground, **given)
@@ -178,9 +178,9 @@ def mount(
         config = dataclasses.replace(config, auto_restart=True)
     preflight.check(config)
     if foreground:
-        daemon.start_in_foreground(config, volumes)
+        starting.start_in_foreground(config, volumes)
     else:
-        daemon.start(config, volumes)
+        starting.start(config, volumes)
 
 
 def _check_restartable(config: MountConfig, volumes: MountVolumes) -> None:

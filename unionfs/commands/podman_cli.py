@@ -121,14 +121,14 @@ def split_quoted(text: str) -> list[str]:
 
 def _mount(call: Call) -> None:
     from unionfs.host import preflight
-    from unionfs.service import daemon, notify
+    from unionfs.service import daemon, notify, starting
 
     config = _config(call, allow_other=preflight.user_allow_other())
     preflight.check(config)
     if call.foreground:
         daemon.serve(config, lambda: notify.tell(notify.READY))
     else:
-        daemon.start(config)
+        starting.start(config)
 
 
 def _config(call: Call, *, allow_other: bool) -> MountConfig:

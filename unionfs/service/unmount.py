@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unionfs.core import sysio
 from unionfs.errors import BusyError, EnvironmentUnfit, MountFailed, UsageError, VolumeError
 from unionfs.host import control
 from unionfs.host.control import Entry, Record, State
@@ -90,12 +91,19 @@ def clear_dead(mountpoint: str) -> None:
         _detach(mountpoint, lazy=True)
 
 
-def detach(mountpoint: str) -> str | None:
-    """Take a mount off the tree, in use or not; return the error's text, None when done.
+def take_off(mountpoint: str, dev: str) -> None:
+    """Take a union off the tree, in use or not, if it is still the mount with device number `dev` that is there.
 
-    Raises EnvironmentUnfit where there is no program to do it.
+    For root it needs no program. Raises EnvironmentUnfit where another user's can't be found.
     """
-    return _detach(mountpoint, lazy=True)
+    mount = mounted_at(mountpoint)
+    if mount is None or mount.fstype != FUSE_TYPE or mount.dev != dev:
+        return
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            sysio.unmount(os.fsencode(mountpoint), detach=True)
+    else:
+        _detach(mountpoint, lazy=True)
 
 
 def _find(word: str) -> str:
