@@ -33,6 +33,7 @@ ROOMS = (
             "ledger",
             "kept",
             "once",
+            "takeover",
             "restart",
             "patience",
             "following",
