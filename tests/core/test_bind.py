@@ -13,7 +13,7 @@ import pytest
 from tests.mount.posix.table import fails
 from unionfs.core import sysio
 from unionfs.core.bind import ID_PREFIX, ID_SHIFT, BindNode, Binds, is_bind
-from unionfs.core.dirops import Caller
+from unionfs.core.caller import Caller
 
 Maker = Callable[..., tuple[Binds, BindNode]]
 ME = Caller(os.geteuid(), os.getegid(), 0o022, os.getpid())

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 
 from tests.support.layers import Tree, build, is_whiteout
-from unionfs.core.dirops import Caller
+from unionfs.core.caller import Caller
 from unionfs.core.inodes import Dir
 from unionfs.core.layers import LayerStack
 from unionfs.core.slow import SlowDoor, SlowFd, SlowPath, WouldBlock, attempting, committed

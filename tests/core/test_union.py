@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.core.caller import Caller
 from unionfs.core.copyup import OFFLOAD_BYTES, DataCopy, DataCopyPending
-from unionfs.core.dirops import Caller
 from unionfs.core.inodes import INDEXED, META, UPPER, Dir, Node
 from unionfs.core.union import Changes, DirHandle, Union
 from unionfs.errors import BusyError, LayerError

@@ -257,7 +257,7 @@ def _plant(root: Path, dice: random.Random) -> None:
 
 
 def _use(union: Union, dice: random.Random) -> None:
-    from unionfs.core.dirops import Caller
+    from unionfs.core.caller import Caller
     from unionfs.core.inodes import Dir
     from unionfs.core.union import Changes, DirHandle
 

@@ -20,7 +20,20 @@ ROOMS = (
     ("", ("_native", "errors", "idmap", "config", "volumespec")),
     (
         "core",
-        ("sysio", "acl", "reserve", "inodes", "markers", "slow", "layers", "dirfds", "merge", "workdir", "resolve"),
+        (
+            "sysio",
+            "caller",
+            "acl",
+            "reserve",
+            "inodes",
+            "markers",
+            "slow",
+            "layers",
+            "dirfds",
+            "merge",
+            "workdir",
+            "resolve",
+        ),
     ),
     ("core", ("tree", "listing", "metadata", "copyup", "protect", "index", "dirops", "union", "bind")),
     (

@@ -43,8 +43,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from unionfs.core import acl, protect, sysio
-from unionfs.core.dirops import Caller
-from unionfs.core.union import Changes, check_clearing, clear_suidgid, in_group, mode_without_suidgid
+from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
+from unionfs.core.union import Changes
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from unionfs.config import MountConfig
 from unionfs.core import acl, sysio
+from unionfs.core.caller import Caller
 from unionfs.core.copyup import CopyUp
 from unionfs.core.inodes import (
     IMPURE,
@@ -36,33 +37,6 @@ from unionfs.core.markers import REDIRECT_MAX, WH_PREFIX, get_xattr
 from unionfs.core.protect import Protection
 from unionfs.core.tree import Tree
 from unionfs.core.workdir import WorkDir, set_impure
-from unionfs.idmap import IdMap
-
-
-class Caller(NamedTuple):
-    """Who asks: effective ids and umask of the process, and the groups that count for set-group-id.
-
-    Where the mount shows other owners than it stores, the ids are those to store, `ids` translates, and `asked` is the
-    user in the request.
-    """
-
-    uid: int
-    gid: int
-    umask: int = 0
-    pid: int = 0
-    ids: IdMap | None = None
-    asked: int | None = None
-
-    @property
-    def is_root(self) -> bool:
-        """Whether that is root: of the machine, or of those whose files are stored as root's."""
-        return self.uid == 0 or self.asked == 0
-
-
-def caller(ids: IdMap | None, uid: int, gid: int, umask: int, pid: int) -> Caller:
-    """Return who asks, given the ids of a request."""
-    return Caller(uid, gid, umask, pid) if ids is None else Caller(*ids.creator(uid, gid), umask, pid, ids, uid)
-
 
 _OPEN_FOR_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -19,14 +19,15 @@ import os
 import resource
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Self
 
 from unionfs.config import MountConfig
 from unionfs.core import acl, index, sysio
+from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
 from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
-from unionfs.core.dirops import Caller, DirOps
+from unionfs.core.dirops import DirOps
 from unionfs.core.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
 from unionfs.core.layers import LayerStack
 from unionfs.core.listing import Lister
@@ -513,55 +514,6 @@ def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
 def may_write(fd: int) -> bool:
     """Tell whether a descriptor is open for writing. Raises OSError."""
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-
-
-def clear_suidgid(fd: int, who: Caller | None) -> None:
-    """Clear what a change of data by an ordinary user clears: set-user-id, and set-group-id of a group-executable file.
-
-    Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``).
-    """
-    st = os.fstat(fd)
-    drop = _suidgid_to_clear(st, who)
-    if drop:
-        os.fchmod(fd, stat.S_IMODE(st.st_mode) & ~drop)
-
-
-def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> None:
-    """Raise EPERM for a chown(path, -1, -1) that would clear set-user-id or set-group-id of another's file.
-
-    The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
-    same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
-    """
-    if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
-        return
-    if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
-    """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
-    drop = _suidgid_to_clear(st, who) if not who.is_root and stat.S_ISREG(st.st_mode) else 0
-    return st.st_mode & ~drop if drop else 0
-
-
-def _suidgid_to_clear(st: os.stat_result, who: Caller | None) -> int:
-    drop = st.st_mode & stat.S_ISUID
-    if st.st_mode & stat.S_ISGID and (st.st_mode & stat.S_IXGRP or (who is not None and not in_group(who, st.st_gid))):
-        drop |= stat.S_ISGID
-    return drop
-
-
-def in_group(who: Caller, gid: int) -> bool:
-    """Whether a process is in the group that a layer's file has; its other groups are in /proc only."""
-    if who.gid == gid:
-        return True
-    shown = gid if who.ids is None else who.ids.shown_gid(gid)
-    try:
-        with open(f"/proc/{who.pid}/status", encoding="ascii", errors="replace") as lines:
-            groups = next((line for line in lines if line.startswith("Groups:")), "")
-    except OSError:
-        return False
-    return str(shown) in groups.split()[1:]
 
 
 def _descriptor_room(layers: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from unionfs.core.bind import MADE_NATIVELY, BindDirHandle, BindNode, Binds, Watcher, is_bind
-from unionfs.core.dirops import Caller
+from unionfs.core.caller import Caller
 from unionfs.core.merge import Entry
 from unionfs.core.union import DirHandle
 from unionfs.fuse import native, wire

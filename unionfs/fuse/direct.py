@@ -27,8 +27,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from unionfs.core.caller import Caller, caller
 from unionfs.core.copyup import DataCopyPending
-from unionfs.core.dirops import Caller, caller
 from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock

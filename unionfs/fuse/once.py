@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 
 from unionfs.config import MountConfig
 from unionfs.core import sysio
-from unionfs.core.dirops import Caller, DirOps, _Maker
+from unionfs.core.caller import Caller
+from unionfs.core.dirops import DirOps, _Maker
 from unionfs.core.inodes import BROKEN_LINK, Dir, Node
 from unionfs.core.union import Union
 from unionfs.errors import EnvironmentUnfit
