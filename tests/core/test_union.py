@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from unionfs.core.caller import Caller
+from unionfs.core.changes import Changes
 from unionfs.core.copyup import OFFLOAD_BYTES, DataCopy, DataCopyPending
 from unionfs.core.inodes import INDEXED, META, UPPER, Dir, Node
-from unionfs.core.union import Changes, DirHandle, Union
+from unionfs.core.union import DirHandle, Union
 from unionfs.errors import BusyError, LayerError
 
 ROOT = Caller(0, 0)

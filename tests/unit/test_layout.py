@@ -23,6 +23,7 @@ ROOMS = (
         (
             "sysio",
             "caller",
+            "changes",
             "acl",
             "reserve",
             "inodes",

@@ -44,7 +44,7 @@ from typing import Any, Final, TypeVar
 
 from unionfs.core import acl, protect, sysio
 from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
-from unionfs.core.union import Changes
+from unionfs.core.changes import NOTHING, Changes
 
 T = TypeVar("T")
 
@@ -57,7 +57,6 @@ _EXTRA_BIT: Final = 1 << ID_SHIFT - 1
 MADE_NATIVELY: Final = _FIRST_ID | _EXTRA_BIT | _EXTRA_BIT >> 1
 """The first node id for files that the native layer creates."""
 
-_NOTHING: Final = Changes()
 CHANGING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 """Flags of an open(2) that may change the file."""
 
@@ -698,15 +697,15 @@ class Binds:
         *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
         _check_writable(node)
-        if changes == _NOTHING:
+        if changes == NOTHING:
             check_clearing(os.fstat(node.fd), who, node.handles)
         path = self._path(node)
         if changes.size is not None:
             self._truncate(node, path, fd, changes.size, kill_for)
-        if changes.uid is not None or changes.gid is not None or changes == _NOTHING:
+        if changes.uid is not None or changes.gid is not None or changes == NOTHING:
             # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
             os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
-            if changes == _NOTHING and (mode := mode_without_suidgid(os.fstat(node.fd), who)):
+            if changes == NOTHING and (mode := mode_without_suidgid(os.fstat(node.fd), who)):
                 os.chmod(path, stat.S_IMODE(mode))
         if changes.mode is not None:
             if node.fmt == stat.S_IFLNK:

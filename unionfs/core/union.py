@@ -20,11 +20,12 @@ import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from unionfs.config import MountConfig
 from unionfs.core import acl, index, sysio
 from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
+from unionfs.core.changes import NOTHING, Changes
 from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
 from unionfs.core.dirops import DirOps
@@ -40,7 +41,6 @@ from unionfs.core.slow import close_anyway
 from unionfs.core.tree import Tree
 from unionfs.core.workdir import WorkDir
 from unionfs.errors import LayerError
-from unionfs.idmap import IdMap
 
 log = logging.getLogger(__name__)
 
@@ -48,33 +48,7 @@ _WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _FINISHED: Final = os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # to open with these a copy whose data follows must be there
 
 
-class Changes(NamedTuple):
-    """What :meth:`Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds.
-
-    *touched* says that both times are to be now, which takes other rights than setting them.
-    """
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    atime: int | None = None
-    mtime: int | None = None
-    touched: bool = False
-
-
-_NOTHING: Final = Changes()
-
 _OF_EACH_USE: Final = frozenset((CAPABILITY, acl.ACCESS, acl.DEFAULT, "security.selinux"))
-
-
-def stored(ids: IdMap | None, changes: Changes) -> Changes:
-    """Return changes with the owner to store, given the one to show. Raises OSError, EOVERFLOW."""
-    if ids is None or changes.uid is changes.gid is None:
-        return changes
-    uid = None if changes.uid is None else ids.stored_uid(changes.uid)
-    gid = None if changes.gid is None else ids.stored_gid(changes.gid)
-    return changes._replace(uid=uid, gid=gid)
 
 
 _DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
@@ -356,7 +330,7 @@ class Union:
         *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
         *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
-        if changes == _NOTHING and who is not None:
+        if changes == NOTHING and who is not None:
             check_clearing(self.tree.stat(node), who, node.handles or ())
         elif changes.size is None and (fresh := self.up.plain_file(node)) >= 0:
             return self._change_fresh(fresh, changes)
@@ -365,12 +339,12 @@ class Union:
         path, follow = self.tree.path(node), self.tree.follow(node)
         if changes.size is not None:
             self._truncate(node, fd, changes.size, kill_for=kill_for)
-        if changes.uid is not None or changes.gid is not None or changes == _NOTHING:
+        if changes.uid is not None or changes.gid is not None or changes == NOTHING:
             # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
             os.chown(path, uid, gid, follow_symlinks=follow)
-            if changes == _NOTHING and who is not None and (mode := mode_without_suidgid(self.tree.stat(node), who)):
+            if changes == NOTHING and who is not None and (mode := mode_without_suidgid(self.tree.stat(node), who)):
                 self._chmod(node, mode)
         if changes.mode is not None:
             self._chmod(node, changes.mode)

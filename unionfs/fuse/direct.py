@@ -28,11 +28,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from unionfs.core.caller import Caller, caller
+from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopyPending
 from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
-from unionfs.core.union import Changes, DirHandle, Union, stored
+from unionfs.core.union import DirHandle, Union
 from unionfs.fuse import native, wire
 from unionfs.fuse.handles import Handles
 
