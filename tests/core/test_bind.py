@@ -14,6 +14,7 @@ from tests.mount.posix.table import fails
 from unionfs.core import sysio
 from unionfs.core.bind import ID_PREFIX, ID_SHIFT, BindNode, Binds, is_bind
 from unionfs.core.caller import Caller
+from unionfs.core.changes import NOTHING, Changes
 
 Maker = Callable[..., tuple[Binds, BindNode]]
 ME = Caller(os.geteuid(), os.getegid(), 0o022, os.getpid())
@@ -110,6 +111,23 @@ def test_an_evicted_node_that_moved_on_the_host_is_stale(host: Path, bind: Maker
         binds.stat(binds.node(node.id))
     assert found(binds, root, b"g") is node, "found again under its new name"
     assert binds.stat(node).st_size == 1
+
+
+@pytest.mark.parametrize("what", ["nothing", "mode", "flags"])
+def test_an_evicted_node_is_opened_again_for_its_attributes(host: Path, bind: Maker, what: str) -> None:
+    binds, root = bind(room=2)
+    (host / "f").write_text("f")
+    (host / "f").chmod(0o4755)
+    node = found(binds, root, b"f")
+    evict(binds, root, host)
+    assert node.fd < 0
+    if what == "flags":
+        assert len(binds.inode_flags(binds.node(node.id), sysio.FS_IOC_GETFLAGS, b"")) == 4
+        return
+    changes, mode = (NOTHING, 0o755) if what == "nothing" else (Changes(mode=0o600, mtime=5), 0o600)
+    st = binds.setattr(binds.node(node.id), changes, -1, kill_for=None, who=ME)
+    assert stat.S_IMODE(st.st_mode) == stat.S_IMODE((host / "f").stat().st_mode) == mode
+    assert what == "nothing" or st.st_mtime_ns == 5
 
 
 def evict(binds: Binds, root: BindNode, host: Path) -> None:

@@ -44,7 +44,7 @@ from typing import Any, Final, TypeVar
 
 from unionfs.core import acl, protect, sysio
 from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
-from unionfs.core.changes import NOTHING, Changes
+from unionfs.core.changes import NOTHING, Changes, make_changes
 
 T = TypeVar("T")
 
@@ -697,23 +697,23 @@ class Binds:
         *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
         """
         _check_writable(node)
-        if changes == NOTHING:
-            check_clearing(os.fstat(node.fd), who, node.handles)
+        if changes.mode is not None and node.fmt == stat.S_IFLNK:
+            raise _error(errno.EOPNOTSUPP)
         path = self._path(node)
-        if changes.size is not None:
+        if changes == NOTHING:
+            self._change_nothing(node, path, who)
+        elif changes.size is not None:
             self._truncate(node, path, fd, changes.size, kill_for)
-        if changes.uid is not None or changes.gid is not None or changes == NOTHING:
-            # Nothing to change is what chown(path, -1, -1) sends: it clears set-user-id all the same.
-            os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
-            if changes == NOTHING and (mode := mode_without_suidgid(os.fstat(node.fd), who)):
-                os.chmod(path, stat.S_IMODE(mode))
-        if changes.mode is not None:
-            if node.fmt == stat.S_IFLNK:
-                raise _error(errno.EOPNOTSUPP)
-            os.chmod(path, stat.S_IMODE(changes.mode))
-        if changes.atime is not None or changes.mtime is not None:
-            sysio.utimens_fd(node.fd, changes.atime, changes.mtime)
+        make_changes(changes, path, node.fd)
         return os.fstat(node.fd)
+
+    @staticmethod
+    def _change_nothing(node: BindNode, path: bytes, who: Caller) -> None:
+        """What chown(path, -1, -1) sends: it clears set-user-id all the same."""
+        check_clearing(os.fstat(node.fd), who, node.handles)
+        os.chown(path, -1, -1)
+        if mode := mode_without_suidgid(os.fstat(node.fd), who):
+            os.chmod(path, stat.S_IMODE(mode))
 
     def _truncate(self, node: BindNode, path: bytes, fd: int, size: int, kill_for: Caller | None) -> None:
         """Set the size as the caller did: of the two only ftruncate(2) sets the times where the size stays."""
@@ -760,7 +760,7 @@ class Binds:
         """Get or set inode flags or project attributes; *command* and *data* are those of ioctl(2)."""
         if command in protect.SET:
             _check_writable(node)
-        fd = os.open(sysio.fd_path(node.fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(self._path(node), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if command in protect.GET:
                 return protect.read_flags(fd, command)

@@ -25,7 +25,7 @@ from typing import Final, Self
 from unionfs.config import MountConfig
 from unionfs.core import acl, index, sysio
 from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
-from unionfs.core.changes import NOTHING, Changes
+from unionfs.core.changes import NOTHING, Changes, make_changes
 from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
 from unionfs.core.dirops import DirOps
@@ -333,7 +333,11 @@ class Union:
         if changes == NOTHING and who is not None:
             check_clearing(self.tree.stat(node), who, node.handles or ())
         elif changes.size is None and (fresh := self.up.plain_file(node)) >= 0:
-            return self._change_fresh(fresh, changes)
+            try:
+                make_changes(changes, fresh, fresh)
+                return os.fstat(fresh)
+            finally:
+                os.close(fresh)
         self._check_protection(node, changes, by_handle=fd in self.open_files)
         self.up.node(node, data=changes.size is not None, size=changes.size)
         path, follow = self.tree.path(node), self.tree.follow(node)
@@ -355,20 +359,6 @@ class Union:
                 dirfd, name = self.tree.place(node)
                 sysio.utimens_at(dirfd, name, changes.atime, changes.mtime)
         return self.tree.stat(node)
-
-    @staticmethod
-    def _change_fresh(fd: int, changes: Changes) -> os.stat_result:
-        """Do the same to a plain file that was copied up for it, and close its descriptor."""
-        try:
-            if changes.uid is not None or changes.gid is not None:
-                os.fchown(fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
-            if changes.mode is not None:
-                os.fchmod(fd, stat.S_IMODE(changes.mode))
-            if changes.atime is not None or changes.mtime is not None:
-                sysio.utimens_fd(fd, changes.atime, changes.mtime)
-            return os.fstat(fd)
-        finally:
-            os.close(fd)
 
     def _check_protection(self, node: Node, changes: Changes, *, by_handle: bool) -> None:
         if changes.mode is not None or changes.uid is not None or changes.gid is not None:
