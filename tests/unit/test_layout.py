@@ -33,6 +33,7 @@ ROOMS = (
             "dirfds",
             "merge",
             "workdir",
+            "whiteouts",
             "resolve",
         ),
     ),

@@ -16,7 +16,7 @@ import stat
 from typing import Final, NamedTuple
 
 from unionfs.config import MountConfig
-from unionfs.core import acl, sysio
+from unionfs.core import acl, sysio, whiteouts
 from unionfs.core.caller import Caller
 from unionfs.core.copyup import CopyUp
 from unionfs.core.inodes import (
@@ -33,7 +33,7 @@ from unionfs.core.inodes import (
     Node,
 )
 from unionfs.core.listing import Lister
-from unionfs.core.markers import REDIRECT_MAX, WH_PREFIX, get_xattr
+from unionfs.core.markers import REDIRECT_MAX, get_xattr
 from unionfs.core.protect import Protection
 from unionfs.core.tree import Tree
 from unionfs.core.workdir import WorkDir, set_impure
@@ -259,7 +259,7 @@ class DirOps:
         last = self._keep_reachable(node, parent, name)
         try:
             if positive:
-                self._whiteout(parent, name)
+                whiteouts.put(self._work(), self._tree.dirfds.upper(parent), name)
             else:
                 os.unlink(name, dir_fd=self._tree.dirfds.upper(parent))
         except BaseException:
@@ -310,37 +310,6 @@ class DirOps:
         if os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_nlink == 1:
             os.unlink(entry, dir_fd=index_fd)
 
-    def _whiteout(self, parent: Dir, name: bytes) -> None:
-        """Put a whiteout at a name, over whatever non-directory upper has there."""
-        work = self._work()
-        upper = self._tree.dirfds.upper(parent)
-        if work.whiteout_form == "wh":
-            self._wh_file(upper, name)
-            return
-        self._announce_whiteouts(upper)
-        temp = work.whiteout()
-        try:
-            sysio.rename(work.fd, temp, upper, name)
-        except BaseException:
-            work.discard(temp)
-            raise
-
-    def _announce_whiteouts(self, upper: int) -> None:
-        """A directory that holds whiteouts in the form of attributes says so: opaque=x (overlayfs.rst)."""
-        if self._work().whiteout_form == "xattr":
-            path = sysio.fd_path(upper)
-            if get_xattr(path, self._tree.fmt.opaque) is None:
-                os.setxattr(path, self._tree.fmt.opaque, b"x")
-
-    @staticmethod
-    def _wh_file(upper: int, name: bytes) -> None:
-        """The form without device nodes and attributes: `.wh.NAME` first, then the name itself may go."""
-        _make_wh_file(upper, name)
-        try:
-            os.unlink(name, dir_fd=upper)
-        except FileNotFoundError:
-            return
-
     def rmdir(self, parent: Dir, name: bytes) -> None:
         """Remove an empty directory; one that holds only whiteouts is empty (``ovl_rmdir``)."""
         self._begin()
@@ -386,24 +355,14 @@ class DirOps:
 
     def _whiteout_dir(self, node: Dir, parent: Dir, name: bytes) -> None:
         """Exchange a directory with a whiteout; its remains vanish with the work directory's."""
-        if not node.is_upper:
-            self._whiteout(parent, name)
-            return
         work = self._work()
         upper = self._tree.dirfds.upper(parent)
+        if not node.is_upper:
+            whiteouts.put(work, upper, name)
+            return
         if work.whiteout_form == "wh":
             self._clear_empty(node, parent, name)
-            _make_wh_file(upper, name)
-            os.rmdir(name, dir_fd=upper)
-            return
-        self._announce_whiteouts(upper)
-        temp = work.whiteout()
-        try:
-            sysio.rename(work.fd, temp, upper, name, sysio.RENAME_EXCHANGE)
-        except BaseException:
-            work.discard(temp)
-            raise
-        work.discard(temp)
+        whiteouts.put_over_directory(work, upper, name)
 
     def _clear_empty(self, node: Dir, parent: Dir, name: bytes) -> None:
         """Replace a directory that holds only whiteouts by an empty, opaque one (``ovl_clear_empty``)."""
@@ -524,7 +483,7 @@ class DirOps:
             if positive and whiteout_there:
                 sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
             elif positive:
-                self._rename_and_whiteout(work, old_fd, old_name, new_fd, new_name)
+                whiteouts.rename_leaving_one(work, old_fd, old_name, new_fd, new_name)
             elif whiteout_there and isinstance(old, Dir):
                 sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
                 os.unlink(old_name, dir_fd=old_fd)
@@ -539,40 +498,6 @@ class DirOps:
         elif new is not None:
             self._lost_name(new, new_dir, new_name, last=last)
         tree.moved(old, old_dir, old_name, new_dir, new_name)
-
-    def _rename_and_whiteout(self, work: WorkDir, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
-        """One rename that leaves a whiteout behind; the file system makes it where it can."""
-        if work.whiteout_form == "char":
-            try:
-                sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_WHITEOUT)
-                return
-            except OSError as exc:
-                if exc.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
-                    raise
-        if work.whiteout_form == "wh":
-            # It hides only the layers below, so it may be there before the name goes.
-            _make_wh_file(old_fd, old)
-            sysio.rename(old_fd, old, new_fd, new)
-            return
-        self._announce_whiteouts(old_fd)
-        temp = work.whiteout()
-        try:
-            self._swap_in_whiteout(work, temp, old_fd, old, new_fd, new)
-        except BaseException:
-            work.discard(temp)
-            raise
-
-    @staticmethod
-    def _swap_in_whiteout(work: WorkDir, temp: bytes, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
-        """Rename by exchange: with a whiteout that was put at the new name, or with the victim that is there."""
-        try:
-            sysio.rename(work.fd, temp, new_fd, new, sysio.RENAME_NOREPLACE)
-        except FileExistsError:
-            sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
-            sysio.rename(work.fd, temp, old_fd, old, sysio.RENAME_EXCHANGE)
-            work.discard(temp)
-        else:
-            sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
 
     def _clear_empty_for_rename(self, new: Dir, new_dir: Dir, new_name: bytes) -> None:
         if self._lister.upper_leftovers(new):
@@ -640,22 +565,6 @@ class DirOps:
                 return b"/".join(reversed(parts))
             at = at.parent
         return b"/" + b"/".join(reversed(parts))
-
-
-def _make_wh_file(dirfd: int, name: bytes) -> None:
-    """Make `.wh.NAME`, if it isn't there. Users may have made something else of that name: that is EEXIST."""
-    mark = WH_PREFIX + name
-    flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(mark, flags, 0o644, dir_fd=dirfd)
-    except OSError as exc:
-        if exc.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise _error(errno.EEXIST, mark) from None
-        raise
-    st = os.fstat(fd)
-    os.close(fd)
-    if not stat.S_ISREG(st.st_mode) or st.st_size:
-        raise _error(errno.EEXIST, mark)
 
 
 class _Plan(NamedTuple):
