@@ -41,10 +41,6 @@ from unionfs.core.workdir import WorkDir, set_impure
 _OPEN_FOR_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _error(code: int, name: bytes | None = None) -> OSError:
-    return OSError(code, os.strerror(code), name)
-
-
 class DirOps:
     """Changes directories of one mount."""
 
@@ -62,7 +58,7 @@ class DirOps:
 
     def _work(self) -> WorkDir:
         if self._tree.work is None:
-            raise _error(errno.EROFS)
+            raise sysio.error(errno.EROFS)
         return self._tree.work
 
     def _begin(self) -> WorkDir:
@@ -86,7 +82,7 @@ class DirOps:
     def mknod(self, parent: Dir, name: bytes, mode: int, rdev: int, who: Caller) -> tuple[Node, os.stat_result]:
         """Create a fifo, socket, device or regular file; EPERM for a 0:0 character device, which is a whiteout."""
         if stat.S_ISCHR(mode) and rdev == 0:
-            raise _error(errno.EPERM, name)
+            raise sysio.error(errno.EPERM, name)
         return self._make(parent, name, mode, who, _Special(rdev))
 
     def symlink(self, parent: Dir, name: bytes, target: bytes, who: Caller) -> tuple[Node, os.stat_result]:
@@ -134,7 +130,7 @@ class DirOps:
     @staticmethod
     def _check_name(name: bytes) -> None:
         if len(name) > 255:
-            raise _error(errno.ENAMETOOLONG, name)
+            raise sysio.error(errno.ENAMETOOLONG, name)
 
     def _made(self, parent: Dir, upper: int, name: bytes, made: _Maker, *, opaque: bool) -> tuple[Node, os.stat_result]:
         st = os.fstat(made.fd) if made.fd >= 0 else os.stat(name, dir_fd=upper, follow_symlinks=False)
@@ -195,7 +191,7 @@ class DirOps:
             os.setxattr(path, self._tree.fmt.opaque, b"y", follow_symlinks=False)
         except OSError as exc:
             if not best_effort:
-                raise _error(errno.EIO if exc.errno == errno.EOPNOTSUPP else exc.errno or errno.EIO) from None
+                raise sysio.error(errno.EIO if exc.errno == errno.EOPNOTSUPP else exc.errno or errno.EIO) from None
             return False
         return True
 
@@ -207,7 +203,7 @@ class DirOps:
             return False
         if self._work().is_whiteout(upper, name, st):
             return True
-        raise _error(errno.EEXIST, name)
+        raise sysio.error(errno.EEXIST, name)
 
     # -- link --
 
@@ -249,7 +245,7 @@ class DirOps:
         self._begin()
         node = self._tree.need(parent, name)
         if node.is_dir:
-            raise _error(errno.EISDIR, name)
+            raise sysio.error(errno.EISDIR, name)
         self._protection.check_remove(parent, node)
         self._up.idle(node)
         self._up.directory(parent)
@@ -315,7 +311,7 @@ class DirOps:
         self._begin()
         node = self._tree.need(parent, name)
         if not isinstance(node, Dir):
-            raise _error(errno.ENOTDIR, name)
+            raise sysio.error(errno.ENOTDIR, name)
         self._protection.check_remove(parent, node)
         positive = self._tree.resolver.lower_positive(parent, name)
         if not node.is_pure_upper or positive:
@@ -339,7 +335,7 @@ class DirOps:
 
     def _require_empty(self, node: Dir) -> None:
         if self._lister.entries(node):
-            raise _error(errno.ENOTEMPTY, node.name)
+            raise sysio.error(errno.ENOTEMPTY, node.name)
 
     def _remove_upper_dir(self, node: Dir, parent: Dir, name: bytes) -> None:
         upper = self._tree.dirfds.upper(parent)
@@ -349,7 +345,7 @@ class DirOps:
             if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             if self._lister.entries(node):
-                raise _error(errno.ENOTEMPTY, name) from None
+                raise sysio.error(errno.ENOTEMPTY, name) from None
             self._clear_empty(node, parent, name)
             os.rmdir(name, dir_fd=upper)
 
@@ -395,14 +391,14 @@ class DirOps:
         self._check_name(new_name)
         exchange = bool(flags & sysio.RENAME_EXCHANGE)
         if flags & ~7 or (exchange and flags & (sysio.RENAME_NOREPLACE | sysio.RENAME_WHITEOUT)):
-            raise _error(errno.EINVAL)
+            raise sysio.error(errno.EINVAL)
         tree = self._tree
         old = tree.need(old_dir, old_name)
         new = tree.child(new_dir, new_name)
         if new is None and exchange:
-            raise _error(errno.ENOENT, new_name)
+            raise sysio.error(errno.ENOENT, new_name)
         if new is not None and flags & sysio.RENAME_NOREPLACE:
-            raise _error(errno.EEXIST, new_name)
+            raise sysio.error(errno.EEXIST, new_name)
         if old is new:
             return
         self._check_protection(old, old_dir, new, new_dir)
@@ -446,14 +442,14 @@ class DirOps:
         if new is None or exchange:
             return
         if old.is_dir and not new.is_dir:
-            raise _error(errno.ENOTDIR, name)
+            raise sysio.error(errno.ENOTDIR, name)
         if new.is_dir and not old.is_dir:
-            raise _error(errno.EISDIR, name)
+            raise sysio.error(errno.EISDIR, name)
 
     def _can_move(self, node: Node) -> None:
         """A directory with a lower part can only be moved with a redirect."""
         if isinstance(node, Dir) and not node.is_pure_upper and not self._can_redirect:
-            raise _error(errno.EXDEV, node.name)
+            raise sysio.error(errno.EXDEV, node.name)
 
     def _replace(
         self,
@@ -502,7 +498,7 @@ class DirOps:
     def _clear_empty_for_rename(self, new: Dir, new_dir: Dir, new_name: bytes) -> None:
         if self._lister.upper_leftovers(new):
             if self._lister.entries(new):
-                raise _error(errno.ENOTEMPTY, new_name)
+                raise sysio.error(errno.ENOTEMPTY, new_name)
             self._clear_empty(new, new_dir, new_name)
 
     def _exchange(self, old: Node, old_dir: Dir, old_name: bytes, new: Node, new_dir: Dir, new_name: bytes) -> None:
@@ -528,7 +524,7 @@ class DirOps:
                 except OSError as exc:
                     if exc.errno != errno.EOPNOTSUPP:
                         raise
-                    raise _error(errno.EXDEV, node.name) from None
+                    raise sysio.error(errno.EXDEV, node.name) from None
                 node.flags |= OPAQUE
         elif node.flags & META:
             self._set_redirect(node, absolute=not same or bool(node.flags & INDEXED))
@@ -543,11 +539,11 @@ class DirOps:
                 return
         value = self._overlay_path(node) if absolute else node.name
         if len(value) > REDIRECT_MAX:
-            raise _error(errno.EXDEV, node.name)
+            raise sysio.error(errno.EXDEV, node.name)
         try:
             os.setxattr(path, tree.fmt.redirect, value, follow_symlinks=tree.follow(node))
         except OSError:
-            raise _error(errno.EXDEV, node.name) from None
+            raise sysio.error(errno.EXDEV, node.name) from None
         node.flags |= REDIRECT
 
     def _overlay_path(self, node: Node) -> bytes:
@@ -559,7 +555,7 @@ class DirOps:
             part = (get_xattr(self._tree.path(at), self._tree.fmt.redirect) if at.flags & REDIRECT else None) or at.name
             length += len(part) + 1
             if length > REDIRECT_MAX + 1:
-                raise _error(errno.EXDEV, node.name)
+                raise sysio.error(errno.EXDEV, node.name)
             parts.append(part)
             if part.startswith(b"/"):
                 return b"/".join(reversed(parts))

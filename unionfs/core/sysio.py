@@ -111,6 +111,11 @@ def _fail(name: bytes | None = None) -> OSError:
     return OSError(code, os.strerror(code), name)
 
 
+def error(code: int, name: bytes | None = None) -> OSError:
+    """Return the exception of an errno, about a name if it is given."""
+    return OSError(code, os.strerror(code), name)
+
+
 def fd_path(fd: int) -> bytes:
     """Return the ``/proc`` name of the object behind *fd*; it works for ``O_PATH`` descriptors too."""
     return b"/proc/self/fd/%d" % fd
