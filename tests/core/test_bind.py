@@ -12,7 +12,8 @@ import pytest
 
 from tests.mount.posix.table import fails
 from unionfs.core import sysio
-from unionfs.core.bind import ID_PREFIX, ID_SHIFT, BindNode, Binds, is_bind
+from unionfs.core.bind import Binds
+from unionfs.core.bindnodes import ID_PREFIX, ID_SHIFT, BindNode, is_bind
 from unionfs.core.caller import Caller
 from unionfs.core.changes import NOTHING, Changes
 

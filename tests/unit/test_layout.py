@@ -37,7 +37,7 @@ ROOMS = (
             "resolve",
         ),
     ),
-    ("core", ("tree", "listing", "metadata", "copyup", "protect", "index", "dirops", "union", "bind")),
+    ("core", ("tree", "listing", "metadata", "copyup", "protect", "index", "dirops", "union", "bindnodes", "bind")),
     (
         "fuse",
         (

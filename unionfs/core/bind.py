@@ -4,12 +4,7 @@ Nothing here walks layers, copies up, or reads whiteouts and overlay attributes:
 bind path is attached like a kernel mount, to a *point*: (directory, name). It follows when ancestors are renamed, and
 what it covers can't be reached.
 
-The host changes under us at any time, so nothing is remembered but *who is who*. A node stands for one host object, by
-(st_dev, st_ino), and keeps an ``O_PATH`` descriptor of it. While that is open the host can't give the inode's number
-to another object, a rename on the host does no harm, and an object without names stays reachable. Descriptors are
-bounded: the least recently used are closed, and opened again by (parent, name). What is found there must then be the
-same object (its file handle, where the file system has such, tells a reused number apart); else the answer is ESTALE,
-on which the kernel looks the name up again.
+The host changes under us at any time, so nothing is remembered but who is who (`bindnodes`).
 
 All is synchronous, for one thread; what fails raises plain :class:`OSError`. `Binds.node` is where descriptors may be
 closed, so call it for all nodes of an operation before the operation itself.
@@ -35,37 +30,23 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from unionfs.core import acl, protect, sysio
+from unionfs.core.bindnodes import Bind, BindNode, BindNodes, Watcher, proof_of
 from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group, mode_without_suidgid
 from unionfs.core.changes import NOTHING, Changes, make_changes
 
 T = TypeVar("T")
-
-ID_PREFIX: Final = 0b101
-ID_SHIFT: Final = 61
-"""Node ids of bind paths have these top bits, which no union node has."""
-
-_FIRST_ID: Final = ID_PREFIX << ID_SHIFT
-_EXTRA_BIT: Final = 1 << ID_SHIFT - 1
-MADE_NATIVELY: Final = _FIRST_ID | _EXTRA_BIT | _EXTRA_BIT >> 1
-"""The first node id for files that the native layer creates."""
 
 CHANGING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 """Flags of an open(2) that may change the file."""
 
 _OPEN_KEEPS: Final = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME | os.O_NONBLOCK
 _CREATE_KEEPS: Final = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
-_EVICTIONS: Final = 64
-
-CACHED_SECONDS: Final = 1.0
-"""How late the host's changes of names and attributes may be seen in a bind path with the option `cached`."""
 
 _A_TICK: Final = 1e-6
 
@@ -84,55 +65,6 @@ class BindPoint:
     cached: bool = False
 
 
-class Bind:
-    """One attached path."""
-
-    __slots__ = ("by_key", "number", "parent_ino", "read_only", "root", "timeout")
-
-    def __init__(self, number: int, *, read_only: bool, cached: bool, parent_ino: int) -> None:
-        self.number = number  # from 1 on
-        self.read_only = read_only
-        self.timeout = CACHED_SECONDS if cached else 0.0  # how long the kernel may keep names and attributes
-        self.parent_ino = parent_ino  # the st_ino of its root's `..`
-        self.by_key: dict[tuple[int, int], BindNode] = {}
-        self.root: BindNode  # the first one of `by_key`
-
-
-class BindNode:
-    """One host object. `parent` and `name` are where it was seen last; `name` is None where it has no known name."""
-
-    __slots__ = (
-        "bind",
-        "children",
-        "fd",
-        "fmt",
-        "handles",
-        "id",
-        "ino",
-        "key",
-        "name",
-        "nlookup",
-        "parent",
-        "proof",
-        "used",
-    )
-
-    def __init__(self, node_id: int, bind: Bind, key: tuple[int, int], ino: int, fmt: int) -> None:
-        self.id = node_id
-        self.bind = bind
-        self.key = key  # (st_dev, st_ino) on the host
-        self.ino = ino  # the st_ino to show
-        self.fmt = fmt
-        self.parent: BindNode | None = None
-        self.name: bytes | None = None
-        self.children: dict[bytes, BindNode] = {}  # by their `name`: a hint, the host decides
-        self.fd = -1
-        self.used = False  # since the last search for descriptors to close
-        self.proof: tuple[int, bytes] | None = None  # file handle, kept while there is no descriptor
-        self.nlookup = 0
-        self.handles: list[int] = []
-
-
 class BindDirHandle:
     """An open directory: its entries (name, st_ino, ``DT_*``) as they were when reading began."""
 
@@ -143,43 +75,8 @@ class BindDirHandle:
         self.entries: list[tuple[bytes, int, int]] | None = None
 
 
-def is_bind(node_id: int) -> bool:
-    """Tell whether a node id belongs to a bind path."""
-    return node_id >> ID_SHIFT == ID_PREFIX
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
-
-
-class Watcher:
-    """Is told of what the native layer may answer by itself; this one does nothing."""
-
-    def reserved(self, name: bytes) -> None:
-        """What is at this name, in whatever directory, may only be touched with care."""
-
-    def opened(self, node: BindNode) -> None:
-        """A node has got its descriptor."""
-
-    def closing(self, node: BindNode) -> None:
-        """A node is about to lose its descriptor."""
-
-    def named(self, parent: BindNode, name: bytes, node: BindNode) -> None:
-        """A node was seen at a name."""
-
-    def unnamed(self, parent: BindNode, name: bytes) -> None:
-        """What was seen at a name is not there any more."""
-
-    def handles(self, node: BindNode) -> None:
-        """A file of a node was opened or closed."""
-
-    def lookups(self, node: BindNode) -> int:
-        """Return how many lookups of the node were answered past `Binds` since the last call."""
-        return 0
-
-
-class Binds:
-    """The bind paths of one mount and their living nodes."""
+class Binds(BindNodes):
+    """The bind paths of one mount, and what can be done in them."""
 
     def __init__(
         self,
@@ -197,18 +94,13 @@ class Binds:
             room: how many descriptors nodes may keep.
             watcher: who wants to know of descriptors and names.
         """
-        self.nodes: dict[int, BindNode] = {}
+        super().__init__(map_ino, room=room, watcher=watcher)
         self.points: dict[tuple[int, bytes], BindNode] = {}  # (parent's node id, name): root
         self.parents: set[int] = set()  # ids of the nodes in which points are
         self.open_files: dict[int, BindNode] = {}
-        self.map_ino = map_ino
         self._mountpoint = mountpoint
         self._mount_name = os.path.basename(mountpoint)
-        self._room = _descriptor_room() if room is None else room
-        self._watcher = watcher or Watcher()
         self._watcher.reserved(self._mount_name)
-        self._kept: OrderedDict[BindNode, None] = OrderedDict()  # those with a descriptor, the latest last
-        self._extra = 0
         self._attached = 0
         self._me = (os.geteuid(), os.getegid())
 
@@ -220,7 +112,7 @@ class Binds:
         """Attach what *fd* refers to at a point, and take *fd* over; return the root. EBUSY where one is attached."""
         try:
             if (parent_id, name) in self.points:
-                raise _error(errno.EBUSY)
+                raise sysio.error(errno.EBUSY)
             own = os.open(sysio.fd_path(fd), os.O_PATH | os.O_CLOEXEC)
         finally:
             os.close(fd)
@@ -261,175 +153,6 @@ class Binds:
             "bind_files": len(self.open_files),
         }
 
-    # -- nodes and their descriptors --
-
-    def node(self, node_id: int) -> BindNode:
-        """Return a living node; raises ESTALE for an id that is not known."""
-        if len(self._kept) > self._room:
-            self._trim()
-        try:
-            return self.nodes[node_id]
-        except KeyError:
-            raise _error(errno.ESTALE) from None
-
-    def directory(self, node_id: int) -> BindNode:
-        """Return a living directory; raises ENOTDIR for another node."""
-        node = self.node(node_id)
-        if node.fmt != stat.S_IFDIR:
-            raise _error(errno.ENOTDIR)
-        return node
-
-    def fd(self, node: BindNode) -> int:
-        """Return an ``O_PATH`` descriptor of the object, good until the next `node`; ESTALE where it is lost."""
-        node.used = True
-        return node.fd if node.fd >= 0 else self._reopen(node)
-
-    def _path(self, node: BindNode) -> bytes:
-        """Return a path that leads to the object itself if it is followed, be it a symbolic link."""
-        return b"/proc/self/fd/%d" % self.fd(node)
-
-    def _keep(self, node: BindNode, fd: int) -> None:
-        node.fd = fd
-        node.used = True
-        node.proof = None
-        self._kept[node] = None
-        self._watcher.opened(node)
-
-    def _drop_fd(self, node: BindNode) -> None:
-        self._collect(node)
-        self._watcher.closing(node)
-        os.close(node.fd)
-        node.fd = -1
-
-    def _collect(self, node: BindNode) -> None:
-        """Count lookups that were answered past us."""
-        looked = self._watcher.lookups(node)
-        if looked:
-            node.nlookup += looked
-            node.used = True
-
-    def _trim(self) -> None:
-        """Close descriptors of nodes that were not used lately; few at a time, for no request shall wait for many.
-
-        An object without names on the host is lost with its descriptor, so that one stays.
-        """
-        kept, most = self._kept, 2 * self._room
-        for _ in range(_EVICTIONS):
-            if len(kept) <= self._room:
-                return
-            node, _ = kept.popitem(last=False)
-            self._collect(node)
-            if node.used or (os.fstat(node.fd).st_nlink == 0 and len(kept) < most):
-                node.used = False
-                kept[node] = None
-            else:
-                node.proof = _file_handle(node.fd)
-                self._drop_fd(node)
-
-    def _reopen(self, node: BindNode) -> int:
-        chain = [node]
-        while not chain[-1].handles and (parent := chain[-1].parent) is not None and parent.fd < 0:
-            chain.append(parent)
-        for link in reversed(chain):
-            self._reopen_one(link)
-        return node.fd
-
-    def _reopen_one(self, node: BindNode) -> None:
-        try:
-            if node.handles:
-                fd = os.open(sysio.fd_path(node.handles[0]), os.O_PATH | os.O_CLOEXEC)
-            elif node.name is None or node.parent is None:
-                raise _error(errno.ESTALE)
-            else:
-                node.parent.used = True
-                fd = os.open(node.name, sysio.O_PATH_NOFOLLOW, dir_fd=node.parent.fd)
-        except (FileNotFoundError, NotADirectoryError):
-            raise _error(errno.ESTALE) from None
-        try:
-            if not self._is(node, fd, os.fstat(fd)):
-                raise _error(errno.ESTALE)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._keep(node, fd)
-
-    @staticmethod
-    def _is(node: BindNode, fd: int, st: os.stat_result) -> bool:
-        """Tell whether *fd* is the object that a node stands for."""
-        if node.key != (st.st_dev, st.st_ino) or node.fmt != stat.S_IFMT(st.st_mode):
-            return False
-        return node.fd >= 0 or bool(node.handles) or node.proof == _file_handle(fd)
-
-    def _adopt(self, bind: Bind, fd: int) -> tuple[BindNode, os.stat_result]:
-        """Take an ``O_PATH`` descriptor over; return the node of its object and its attributes."""
-        try:
-            st = os.fstat(fd)
-            key = (st.st_dev, st.st_ino)
-            node = bind.by_key.get(key)
-            if node is not None and not self._is(node, fd, st):
-                node = None  # gone, and its number was given to this one
-        except BaseException:
-            os.close(fd)
-            raise
-        if node is None:
-            node = BindNode(self._free_id(st.st_ino), bind, key, self.map_ino(*key), stat.S_IFMT(st.st_mode))
-            if not bind.by_key:
-                bind.root = node
-            bind.by_key[key] = self.nodes[node.id] = node
-        if node.fd < 0:
-            self._keep(node, fd)
-        else:
-            os.close(fd)
-            node.used = True
-        return node, st
-
-    def _free_id(self, ino: int) -> int:
-        """Return a node id: the host's number where it is free, for without the native layer users see node ids."""
-        if ino < _EXTRA_BIT and _FIRST_ID | ino not in self.nodes:
-            return _FIRST_ID | ino
-        self._extra += 1
-        return _FIRST_ID | _EXTRA_BIT | self._extra
-
-    def _named(self, node: BindNode, parent: BindNode, name: bytes) -> None:
-        if node is node.bind.root:
-            return
-        if node.parent is not parent or node.name != name:
-            self._unnamed(node)
-            node.parent, node.name = parent, name
-        parent.children[name] = node
-        self._watcher.named(parent, name, node)
-
-    def _unnamed(self, node: BindNode | None) -> None:
-        if node is None or node.name is None:
-            return
-        if node.parent is not None and node.parent.children.get(node.name) is node:
-            del node.parent.children[node.name]
-            self._watcher.unnamed(node.parent, node.name)
-        node.name = None
-
-    def forget(self, node_id: int, count: int) -> None:
-        """Take lookups off a node; one without any goes."""
-        node = self.nodes.get(node_id)
-        if node is not None:
-            node.nlookup -= count
-            self._bury(node)
-
-    def _bury(self, node: BindNode) -> None:
-        if node.nlookup > 0 or node.handles:
-            return
-        self._collect(node)
-        if node.nlookup > 0:
-            return
-        self.nodes.pop(node.id, None)
-        if node.bind.by_key.get(node.key) is node:
-            del node.bind.by_key[node.key]
-        name = node.name
-        self._unnamed(node)
-        node.name = name  # a child that outlives it may need the way
-        if node.fd >= 0:
-            self._kept.pop(node, None)
-            self._drop_fd(node)
-
     # -- looking --
 
     def look(self, parent: BindNode, name: bytes) -> tuple[BindNode, os.stat_result] | None:
@@ -453,7 +176,7 @@ class Binds:
         fd = os.open(name, sysio.O_PATH_NOFOLLOW, dir_fd=dirfd)
         if name == self._mount_name and os.readlink(sysio.fd_path(fd)) == self._mountpoint:
             os.close(fd)  # without touching it: it would ask us, who are busy asking
-            raise _error(errno.ELOOP)
+            raise sysio.error(errno.ELOOP)
         node, st = self._adopt(parent.bind, fd)
         self._named(node, parent, name)
         return node, st
@@ -519,7 +242,7 @@ class Binds:
     def open_file(self, node: BindNode, flags: int, *, kill_for: Caller | None = None) -> int:
         """Open a regular file and return the handle, a descriptor. *kill_for*: whose O_TRUNC clears suid and sgid."""
         if node.fmt == stat.S_IFDIR:
-            raise _error(errno.EISDIR)
+            raise sysio.error(errno.EISDIR)
         if flags & CHANGING:
             _check_writable(node)
         fd = self._without_atime(node, self._path(node), flags & _OPEN_KEEPS | os.O_CLOEXEC)
@@ -539,7 +262,7 @@ class Binds:
         node.handles.remove(fd)
         self._watcher.handles(node)
         if node.fd < 0 and not node.handles:
-            node.proof = _file_handle(fd)
+            node.proof = proof_of(fd)
         os.close(fd)
         self._bury(node)
         return node
@@ -561,7 +284,7 @@ class Binds:
         """Return the descriptor of a directory in which a name is about to be made."""
         _check_writable(parent)
         if (parent.id, name) in self.points:
-            raise _error(errno.EEXIST)
+            raise sysio.error(errno.EEXIST)
         return self.fd(parent)
 
     def create_file(
@@ -611,7 +334,7 @@ class Binds:
     ) -> tuple[BindNode, os.stat_result, int]:
         node, st = self._find(parent, name, dirfd)
         if node.fmt not in (stat.S_IFREG, stat.S_IFDIR):
-            raise _error(errno.ESTALE)  # the kernel must follow a link and opens special files itself
+            raise sysio.error(errno.ESTALE)  # the kernel must follow a link and opens special files itself
         fd = self.open_file(node, flags, kill_for=kill_for)
         return node, os.fstat(fd) if flags & os.O_TRUNC else st, fd
 
@@ -638,7 +361,7 @@ class Binds:
     def link(self, node: BindNode, parent: BindNode, name: bytes) -> os.stat_result:
         """Give a file one more name and return its attributes; EXDEV for a directory of another bind path."""
         if node.bind is not parent.bind:
-            raise _error(errno.EXDEV)
+            raise sysio.error(errno.EXDEV)
         sysio.linkat_fd(self.fd(node), self._place(parent, name), name)
         self._named(node, parent, name)
         return os.fstat(node.fd)
@@ -662,14 +385,14 @@ class Binds:
     def check_not_point(self, parent_id: int, name: bytes) -> None:
         """Raise EBUSY where a path is attached."""
         if (parent_id, name) in self.points:
-            raise _error(errno.EBUSY)
+            raise sysio.error(errno.EBUSY)
 
     def rename(self, old_dir: BindNode, old_name: bytes, new_dir: BindNode, new_name: bytes, flags: int) -> None:
         """Rename, with the flags of ``renameat2(2)`` that the host takes; EXDEV between bind paths."""
         self.check_not_point(old_dir.id, old_name)
         self.check_not_point(new_dir.id, new_name)
         if old_dir.bind is not new_dir.bind:
-            raise _error(errno.EXDEV)
+            raise sysio.error(errno.EXDEV)
         _check_writable(old_dir)
         old_fd, new_fd = self.fd(old_dir), self.fd(new_dir)
         if flags:
@@ -698,7 +421,7 @@ class Binds:
         """
         _check_writable(node)
         if changes.mode is not None and node.fmt == stat.S_IFLNK:
-            raise _error(errno.EOPNOTSUPP)
+            raise sysio.error(errno.EOPNOTSUPP)
         path = self._path(node)
         if changes == NOTHING:
             self._change_nothing(node, path, who)
@@ -777,18 +500,4 @@ class Binds:
 
 def _check_writable(node: BindNode) -> None:
     if node.bind.read_only:
-        raise _error(errno.EROFS)
-
-
-def _file_handle(fd: int) -> tuple[int, bytes] | None:
-    """Return what tells an object from a later one with its number, None where the file system has no such thing."""
-    try:
-        return sysio.file_handle(fd, b"")
-    except OSError:
-        return None
-
-
-def _descriptor_room() -> int:
-    """Return how many descriptors nodes may keep: a quarter of what the process may have; layers have a half."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, min(soft // 4, 16384))
+        raise sysio.error(errno.EROFS)

@@ -11,7 +11,8 @@ import stat
 from collections.abc import Callable
 from typing import Any, Final
 
-from unionfs.core.bind import MADE_NATIVELY, BindDirHandle, BindNode, Binds, Watcher, is_bind
+from unionfs.core.bind import BindDirHandle, Binds
+from unionfs.core.bindnodes import MADE_NATIVELY, BindNode, Watcher, is_bind
 from unionfs.core.caller import Caller
 from unionfs.core.merge import Entry
 from unionfs.core.union import DirHandle

@@ -32,7 +32,8 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from unionfs.config import MountConfig
 from unionfs.core import protect
-from unionfs.core.bind import CHANGING, BindDirHandle, BindNode, BindPoint, Binds, is_bind
+from unionfs.core.bind import CHANGING, BindDirHandle, BindPoint, Binds
+from unionfs.core.bindnodes import BindNode, is_bind
 from unionfs.core.inodes import Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.union import DirHandle, Union, may_write
