@@ -14,10 +14,11 @@ import pytest
 from tests.support.layers import Tree, build, is_whiteout
 from unionfs.core.caller import Caller
 from unionfs.core.changes import Changes
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import Dir
 from unionfs.core.layers import LayerStack
 from unionfs.core.slow import SlowDoor, SlowFd, SlowPath, WouldBlock, attempting, committed
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import Union
 
 P = ParamSpec("P")
 R = TypeVar("R")

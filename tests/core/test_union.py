@@ -12,8 +12,9 @@ import pytest
 from unionfs.core.caller import Caller
 from unionfs.core.changes import Changes
 from unionfs.core.copyup import OFFLOAD_BYTES, DataCopy, DataCopyPending
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import INDEXED, META, UPPER, Dir, Node
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import Union
 from unionfs.errors import BusyError, LayerError
 
 ROOT = Caller(0, 0)

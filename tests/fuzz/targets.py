@@ -259,8 +259,8 @@ def _plant(root: Path, dice: random.Random) -> None:
 def _use(union: Union, dice: random.Random) -> None:
     from unionfs.core.caller import Caller
     from unionfs.core.changes import Changes
+    from unionfs.core.dirhandle import DirHandle
     from unionfs.core.inodes import Dir
-    from unionfs.core.union import DirHandle
 
     who = Caller(0, 0)
     waiting = [union.tree.root]

@@ -255,7 +255,8 @@ def test_more_directories_than_may_be_watched(ground: Path) -> None:
 import logging, os
 from pathlib import Path
 from unionfs.config import MountConfig
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.dirhandle import DirHandle
+from unionfs.core.union import Union
 from unionfs.fuse.watching import Watching
 Path("/proc/sys/user/max_inotify_watches").write_text("5")
 logging.basicConfig(format="%(message)s")

@@ -37,7 +37,22 @@ ROOMS = (
             "resolve",
         ),
     ),
-    ("core", ("tree", "listing", "metadata", "copyup", "protect", "index", "dirops", "union", "bindnodes", "bind")),
+    (
+        "core",
+        (
+            "tree",
+            "listing",
+            "dirhandle",
+            "metadata",
+            "copyup",
+            "protect",
+            "index",
+            "dirops",
+            "union",
+            "bindnodes",
+            "bind",
+        ),
+    ),
     (
         "fuse",
         (

@@ -10,16 +10,13 @@ Operations raise plain :class:`OSError`, and :class:`~unionfs.core.copyup.DataCo
 
 from __future__ import annotations
 
-import bisect
 import errno
 import fcntl
-import itertools
 import logging
 import os
 import resource
 import stat
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, Self
 
 from unionfs.config import MountConfig
@@ -28,6 +25,7 @@ from unionfs.core.caller import Caller, check_clearing, clear_suidgid, in_group,
 from unionfs.core.changes import NOTHING, Changes, make_changes
 from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
+from unionfs.core.dirhandle import DirHandle, Listings
 from unionfs.core.dirops import DirOps
 from unionfs.core.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
 from unionfs.core.layers import LayerStack
@@ -47,44 +45,7 @@ log = logging.getLogger(__name__)
 _WRITE: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _FINISHED: Final = os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # to open with these a copy whose data follows must be there
 
-
 _OF_EACH_USE: Final = frozenset((CAPABILITY, acl.ACCESS, acl.DEFAULT, "security.selinux"))
-
-
-_DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
-_HASH_MASK: Final = (1 << 61) - 1
-
-# Of how many directories, of how many names at most, the last listing is remembered: for readers that come together.
-_MOST_LISTINGS: Final = 32
-_MOST_LISTED: Final = 4096
-
-
-class DirHandle:
-    """An open directory: its listing as it was when reading began.
-
-    Entries come in the order of their *cookies*, which name their places. A cookie is a hash of the name, as in ext4:
-    it stays the same whatever else happens in the directory, so reading can go on in a newer listing.
-    """
-
-    __slots__ = ("again", "bare", "children", "cookies", "entries", "kept", "node", "version", "wants_all")
-
-    def __init__(self, node: Dir) -> None:
-        self.node = node
-        self.entries: list[Entry] | None = None
-        self.cookies: list[int] = []  # parallel to entries, ascending
-        self.again = (
-            False  # whether the same listing was read before: the kernel has dropped what it knew, and names too
-        )
-        self.kept = False  # whether the kernel may keep what it reads through this handle
-        self.version = -1  # of the directory when it was read
-        # Of a long listing that is read for its names: how many came last without attributes, and how many of the
-        # directory were in use then; whether the reader has been seen to look at them.
-        self.bare = self.children = 0
-        self.wants_all = False
-
-    def first_after(self, cookie: int) -> int:
-        """Return the index of the first entry that comes after a cookie."""
-        return bisect.bisect_right(self.cookies, cookie)
 
 
 class Union:
@@ -109,10 +70,10 @@ class Union:
         self.tree = Tree(config, layers, self.dirfds, self.inodes, resolver, work, fmt)
         self.up = CopyUp(self.tree, metacopy=config.metacopy, volatile=config.volatile)
         self.lister = Lister(self.tree)
+        self.read_entries = Listings(self.lister).read
         self.protection = Protection(self.tree, self.up)
         self.dirs = DirOps(config, self.tree, self.up, self.lister, self.protection)
         self.open_files: dict[int, Node] = {}
-        self._listings: OrderedDict[Dir, tuple[int, list[int], list[Entry]]] = OrderedDict()
         self._closed = False
         self._not_there: set[tuple[int, str]] = set()  # layer, attribute
 
@@ -182,27 +143,6 @@ class Union:
     def readlink(self, node: Node) -> bytes:
         """Return the target of a symbolic link."""
         return self.tree.readlink(node)
-
-    def read_entries(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
-        """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
-        if after <= _DOTS or handle.entries is None:
-            node = handle.node
-            handle.version, handle.cookies, handle.entries = self._listing(node)
-            handle.again, node.listed = node.listed == node.version, node.version
-        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), handle.first_after(after), None)
-
-    def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:
-        """Return a directory's version, cookies and entries; those that were read lately need not be read again."""
-        known = self._listings.get(node)
-        if known is not None and known[0] == node.version:
-            self._listings.move_to_end(node)
-            return known
-        listing = (node.version, *_in_order(self.lister.entries(node)))
-        if len(listing[1]) <= _MOST_LISTED:
-            self._listings[node] = listing
-            if len(self._listings) > _MOST_LISTINGS:
-                self._listings.popitem(last=False)
-        return listing
 
     def look_at(self, handle: DirHandle, entry: Entry) -> tuple[Node, os.stat_result] | None:
         """Return the node and stat result of a listed entry, None where it is gone."""
@@ -463,16 +403,6 @@ class Union:
             self.door.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
-
-
-def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
-    """Return cookies and the entries that have them, ascending. Equal hashes count on."""
-    hashed = sorted((_DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
-    cookies = [cookie for cookie, _ in hashed]
-    for at in range(1, len(cookies)):
-        if cookies[at] <= cookies[at - 1]:
-            cookies[at] = cookies[at - 1] + 1
-    return cookies, [entry for _, entry in hashed]
 
 
 def may_write(fd: int) -> bool:

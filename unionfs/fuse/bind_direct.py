@@ -14,8 +14,8 @@ from typing import Any, Final
 from unionfs.core.bind import BindDirHandle, Binds
 from unionfs.core.bindnodes import MADE_NATIVELY, BindNode, Watcher, is_bind
 from unionfs.core.caller import Caller
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.merge import Entry
-from unionfs.core.union import DirHandle
 from unionfs.fuse import native, wire
 from unionfs.fuse.direct import Answer, Direct
 

@@ -34,9 +34,10 @@ from unionfs.config import MountConfig
 from unionfs.core import protect
 from unionfs.core.bind import CHANGING, BindDirHandle, BindPoint, Binds
 from unionfs.core.bindnodes import BindNode, is_bind
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import Dir, Node
 from unionfs.core.merge import Entry
-from unionfs.core.union import DirHandle, Union, may_write
+from unionfs.core.union import Union, may_write
 from unionfs.fuse import native
 from unionfs.fuse.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.fuse.ops import UnionOperations, forget_entry, handler, wanted_changes

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Final
 from unionfs.core.caller import Caller, caller
 from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopyPending
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import Union
 from unionfs.fuse import native, wire
 from unionfs.fuse.handles import Handles
 

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import Dir, InodeTable, Node
-from unionfs.core.union import DirHandle
 from unionfs.fuse.ledger import Ledger
 
 _EXTRA_BIT: Final = 1 << 63

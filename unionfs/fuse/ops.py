@@ -31,10 +31,11 @@ from unionfs.core import acl, protect
 from unionfs.core.caller import Caller, caller, clear_suidgid
 from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopy, DataCopyPending
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import INDEXED, META, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock, committed
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import Union
 from unionfs.fuse import native
 from unionfs.fuse.direct import Direct
 from unionfs.fuse.following import Following

@@ -35,8 +35,9 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import ROOT_ID, Dir, Node
-from unionfs.core.union import DirHandle, Union
+from unionfs.core.union import Union
 from unionfs.fuse import kept, native, wire
 from unionfs.fuse.handles import Handles
 from unionfs.fuse.kept import DirectoryRecord, DirHandles, FileRecord, KeptNodes, Past, Unanswered
