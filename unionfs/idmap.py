@@ -36,6 +36,9 @@ class Range(NamedTuple):
     length: int
 
 
+_STORED, _SHOWN = 0, 1  # the fields of a range that hold ids
+
+
 def parse_ranges(name: str, text: str) -> tuple[Range, ...]:
     """Read `STORED:SHOWN:LENGTH[:STORED:SHOWN:LENGTH...]`; the value of the option `name`.
 
@@ -80,11 +83,11 @@ class IdMap:
 
     def shown_uid(self, stored: int) -> int:
         """Return the user that the mount shows."""
-        return _shown(self.uids, stored) if self.squash_uid is None else self.squash_uid
+        return _in_ranges(self.uids, stored, _STORED, _SHOWN, _OVERFLOW) if self.squash_uid is None else self.squash_uid
 
     def shown_gid(self, stored: int) -> int:
         """Return the group that the mount shows."""
-        return _shown(self.gids, stored) if self.squash_gid is None else self.squash_gid
+        return _in_ranges(self.gids, stored, _STORED, _SHOWN, _OVERFLOW) if self.squash_gid is None else self.squash_gid
 
     def shown(self, st: os.stat_result) -> os.stat_result:
         """Return attributes with the owner that the mount shows."""
@@ -94,41 +97,35 @@ class IdMap:
 
     def creator(self, uid: int, gid: int) -> tuple[int, int]:
         """Return the owner to store for what somebody makes."""
-        stored_uid, stored_gid = _stored(self.uids, uid), _stored(self.gids, gid)
-        return _OVERFLOW if stored_uid is None else stored_uid, _OVERFLOW if stored_gid is None else stored_gid
+        return (
+            _in_ranges(self.uids, uid, _SHOWN, _STORED, _OVERFLOW),
+            _in_ranges(self.gids, gid, _SHOWN, _STORED, _OVERFLOW),
+        )
 
     def stored_uid(self, shown: int) -> int:
         """Return the user to store for one that was asked for. Raises OSError, EOVERFLOW."""
-        return _must(_stored(self.uids, shown))
+        return _must(_in_ranges(self.uids, shown, _SHOWN, _STORED, -1))
 
     def stored_gid(self, shown: int) -> int:
         """Return the group to store for one that was asked for. Raises OSError, EOVERFLOW."""
-        return _must(_stored(self.gids, shown))
+        return _must(_in_ranges(self.gids, shown, _SHOWN, _STORED, -1))
 
 
 AS_STORED = IdMap()
 """Shows everything as it is stored."""
 
 
-def _shown(ranges: tuple[Range, ...], stored: int) -> int:
+def _in_ranges(ranges: tuple[Range, ...], number: int, given: int, wanted: int, other: int) -> int:
+    """Translate an id from one field of the ranges to another; *other* is for what none of them holds."""
     if not ranges:
-        return stored
+        return number
     for entry in ranges:
-        if 0 <= stored - entry.stored < entry.length:
-            return entry.shown + stored - entry.stored
-    return _OVERFLOW
+        if 0 <= number - entry[given] < entry.length:
+            return entry[wanted] + number - entry[given]
+    return other
 
 
-def _stored(ranges: tuple[Range, ...], shown: int) -> int | None:
-    if not ranges:
-        return shown
-    for entry in ranges:
-        if 0 <= shown - entry.shown < entry.length:
-            return entry.stored + shown - entry.shown
-    return None
-
-
-def _must(stored: int | None) -> int:
-    if stored is None:
+def _must(stored: int) -> int:
+    if stored < 0:
         raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
     return stored
