@@ -13,8 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Flags that the daemon's own descriptor needn't have. O_LARGEFILE and FMODE_EXEC are the kernel's. */
-#define NO_MATTER (O_ACCMODE | O_APPEND | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | 0100000 | 040)
+/* Flags with which a file is opened here. The daemon's own descriptor needn't have O_APPEND, see data.c. */
+#define PLAIN (O_ACCMODE | O_APPEND | NO_MATTER)
 
 static PyObject *show_number; /* (st_dev, st_ino): the st_ino to show */
 static PyObject *tell_created, *tell_opened;
@@ -51,7 +51,7 @@ static bool own_handle(const struct owned *node, int fd)
 
 static bool is_plain_create(const struct fuse_in_header *in, const struct fuse_create_in *body)
 {
-	return !(body->flags & ~(uint32_t)(NO_MATTER | O_CREAT | O_EXCL | O_TRUNC)) &&
+	return !(body->flags & ~(uint32_t)(PLAIN | O_CREAT | O_EXCL | O_TRUNC)) &&
 	       !(body->mode & (S_ISUID | S_ISGID)) && in->uid == geteuid() && in->gid == getegid();
 }
 
@@ -159,7 +159,7 @@ static bool create_here(struct fuse_session *se, const struct fuse_in_header *in
 
 static bool is_plain_open(const struct owned *node, const struct fuse_open_in *body)
 {
-	return node && node->settable && !node->handles && !(body->flags & ~(uint32_t)NO_MATTER);
+	return node && node->settable && !node->handles && !(body->flags & ~(uint32_t)PLAIN);
 }
 
 static bool open_known(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_open_in *body)

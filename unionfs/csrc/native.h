@@ -89,6 +89,9 @@ extern struct request request;
 /* Protocol 7.40: set in the number of a request that the kernel sends again. */
 #define UNIQUE_RESEND (UINT64_C(1) << 63)
 
+/* Flags of an OPEN that ask nothing of the descriptor behind the handle. O_LARGEFILE and FMODE_EXEC are the kernel's. */
+#define NO_MATTER (O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | 0100000 | 040)
+
 extern bool passthrough; /* after INIT: whether the kernel has it */
 
 /* A message is about to be handled: set `request`. */

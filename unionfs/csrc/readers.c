@@ -86,9 +86,7 @@ static void retire_reader(fuse_ino_t node)
 
 static bool opens_to_share(const struct fuse_open_in *in)
 {
-	const uint32_t harmless = 0100000 /* O_LARGEFILE */ | 040 /* FMODE_EXEC */ | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
-
-	return !(in->flags & ~harmless) && !in->open_flags;
+	return !(in->flags & ~(uint32_t)NO_MATTER) && !in->open_flags;
 }
 
 static bool share_reader(struct fuse_session *se, const struct fuse_in_header *in)
@@ -176,6 +174,11 @@ static PyObject *py_keep_idle(PyObject *self UNUSED, PyObject *count)
 	return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
+static PyObject *py_shared_flags(PyObject *self UNUSED, PyObject *args UNUSED)
+{
+	return PyLong_FromLong(NO_MATTER);
+}
+
 static PyObject *py_share(PyObject *self UNUSED, PyObject *args)
 {
 	unsigned long long node, fh;
@@ -198,6 +201,7 @@ static PyObject *py_share(PyObject *self UNUSED, PyObject *args)
 
 PyMethodDef reader_methods[] = {
 	{"keep_idle", py_keep_idle, METH_O, "How many shared handles to keep that nobody uses."},
+	{"shared_flags", py_shared_flags, METH_NOARGS, "Flags that the OPEN of a handle may have that others get, too."},
 	{"share", py_share, METH_VARARGS, "(node, fh): the handle may be given to others who read the file."},
 	{NULL, NULL, 0, NULL},
 };

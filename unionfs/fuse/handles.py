@@ -33,9 +33,6 @@ WORTH_BYTES: Final = 128 << 10
 _MOST_IDLE: Final = 4096
 """How many handles of lower files are kept for whoever reads them next (see csrc/readers.c)."""
 
-_ALONE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT | os.O_NOATIME | os.O_SYNC | os.O_APPEND
-"""Flags of an open whose handle is nobody else's."""
-
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 _DECIDED: Final = UPPER | META | INDEXED | IMMUTABLE | APPEND_ONLY
 
@@ -80,6 +77,7 @@ class Handles:
         self._read_only = read_only
         self._owning = owning
         self._sharing = sharing
+        self._own_flags = ~native.shared_flags()  # with any of these a handle is nobody else's
         self._granted: bool | None = None
         self._modes = native.IoModes()
         self._mappers: dict[int, set[int]] = {}  # node id → its passed handles that may have written mappings
@@ -104,7 +102,7 @@ class Handles:
 
     def share(self, node: Node, fd: int, flags: int) -> None:
         """Give a handle to others who read the file as well, if it is one for that; just before the answer to OPEN."""
-        alone = flags & _ALONE or node.flags & (UPPER | META) or node.job or not self._sharing
+        alone = flags & self._own_flags or node.flags & (UPPER | META) or node.job or not self._sharing
         if not alone and not self._modes.passed(node.id):
             native.share(node.id, fd)
 

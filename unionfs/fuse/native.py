@@ -455,6 +455,11 @@ def keep_idle(count: int) -> None:
         _module.keep_idle(count)
 
 
+def shared_flags() -> int:
+    """Return the flags that the open(2) of a handle may have that others get, too; with any other it is one's own."""
+    return int(_module.shared_flags()) if _module is not None else 0
+
+
 def share(node: int, fh: int) -> None:
     """Let the native layer give a handle to others who read the file, too, and keep it a while when all have closed it.
 
