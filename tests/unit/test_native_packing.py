@@ -1,13 +1,15 @@
-"""The native layer's answers about attributes, byte for byte as include/uapi/linux/fuse.h has them."""
+"""The native layer by itself: attributes, byte for byte as include/uapi/linux/fuse.h has them, and what its stub says."""
 
 from __future__ import annotations
 
+import ast
 import os
 import struct
 from pathlib import Path
 
 import pytest
 
+import unionfs
 from unionfs import _native as native
 
 ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
@@ -44,3 +46,9 @@ def test_only_stat_results_are_taken() -> None:
         native.pack_attributes(7, 0.0, 3, 0, (1, 2, 3))  # type: ignore[arg-type]
     with pytest.raises(OverflowError):
         native.pack_attributes(-7, 0.0, 3, 0, os.stat("/"))
+
+
+def test_the_stub_has_all_functions() -> None:
+    stub = ast.parse((Path(unionfs.__file__).parent / "_native.pyi").read_text())
+    told = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert told == {name for name, value in vars(native).items() if callable(value) and not name.startswith("_")}
