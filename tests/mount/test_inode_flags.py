@@ -323,6 +323,28 @@ def test_open_handles_after_a_change(ours: Stack) -> None:
     assert (root / "f").read_bytes() == b"12"
 
 
+@pytest.mark.parametrize("kind", ["union", "overlay"])
+def test_what_is_refused_copies_nothing_up(make_stack: StackMaker, kind: str) -> None:
+    stack = make_stack(kind)
+    build(stack.lower, {"d": {"fixed": b"", "growing": b""}})
+    chattr(stack.lower / "d/fixed", "+i")
+    chattr(stack.lower / "d/growing", "+a")
+    with freed(stack):
+        root = stack.mount()
+        for name in ("d/fixed", "d/growing"):
+            for action in (
+                lambda path: path.chmod(0o600),
+                lambda path: os.chown(path, 1, -1),
+                lambda path: os.utime(path, (1, 1)),
+                lambda path: os.truncate(path, 0),
+            ):
+                with fails(errno.EPERM):
+                    action(root / name)
+        with fails(errno.EPERM):
+            os.utime(root / "d/fixed")
+        assert list(stack.up.iterdir()) == []
+
+
 def test_who_may(ours: Stack) -> None:
     """The kernel asks for the owner, and for CAP_LINUX_IMMUTABLE where it is about these two."""
     (ours.lower / "theirs").write_bytes(b"")

@@ -317,13 +317,16 @@ class CopyUp:
     def plain_file(self, node: Node) -> int:
         """Copy up a lower file about which nothing is special, without its data, if that can be done in one step.
 
-        Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises as `directory`.
+        Whether it may be changed at all comes out with that step. So nothing is done where its directory would have to
+        be copied up before.
+
+        Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises OSError.
         """
         lower = node.flags & (PLAIN | UPPER | UNLINKED) == PLAIN and node.fmt == stat.S_IFREG
-        if not lower or not self.metacopy or self.tree.work is None or node.job is not None or node.parent is None:
+        if not lower or not self.metacopy or self.tree.work is None or node.job is not None:
             return -1
-        self.directory(node.parent)
-        return self._copy_plain(node, node.parent)
+        parent = node.parent
+        return self._copy_plain(node, parent) if parent is not None and parent.stack[0] == 0 else -1
 
     def alias(self, node: Node, parent: Dir, name: bytes) -> None:
         """Make sure that an indexed file has this very name in upper too (``ovl_link_up``)."""
