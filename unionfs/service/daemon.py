@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from unionfs.core.union import Union
     from unionfs.fuse.ledger import Ledger
     from unionfs.fuse.ops import UnionOperations
+    from unionfs.fuse.restart import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -78,38 +79,46 @@ def serve(config: MountConfig, ready: Ready, volumes: MountVolumes = NO_VOLUMES,
 
 def _open_and_run(config: MountConfig, session: Session) -> None:
     process.prepare()
-    old_kernel = bool(os.environ.get(OLD_KERNEL))
-    if old_kernel:
-        sysio.pretend_old_kernel()
-    if session.keeper is not None and session.keeper.resuming:
-        passthrough = session.keeper.passthrough  # looking at the layers' paths might lead into the mount
-    else:
-        passthrough = config.native and _wants_passthrough(config)
-        if session.keeper is not None:
-            session.keeper.passthrough = passthrough
-    native_loaded = config.native and native.load(  # before pyfuse3, or it would not be found first
-        passthrough=passthrough, old_kernel=old_kernel
-    )
+    native_loaded = _load_native(config, session.keeper)  # before pyfuse3, or it would not be found first
     process.import_pyfuse3()
     if config.native:
         from unionfs.fuse import dispatch
 
         dispatch.install()
-    from unionfs.core.union import Union
-
     session.volumes.prepare()
-    if session.keeper is not None:
-        from unionfs.fuse.once import KeptUnion
-
-        union: Union = KeptUnion.of(config, session.keeper.past.layers, session.keeper.once)
-    else:
-        union = Union.open(config)
+    union = _open_union(config, session.keeper)
     try:
         log.info("layers open; native part %s", "loaded" if native_loaded else "not used")
         _mount_and_run(config, union, session)
     finally:
         if not session.goes_on:  # what is open is the next daemon's too
             union.close()
+
+
+def _load_native(config: MountConfig, keeper: Keeper | None) -> bool:
+    """Load the native layer, if it may be; tell whether it is there."""
+    old_kernel = bool(os.environ.get(OLD_KERNEL))
+    if old_kernel:
+        sysio.pretend_old_kernel()
+    if not config.native:
+        return False
+    if keeper is not None and keeper.resuming:
+        passthrough = keeper.passthrough  # looking at the layers' paths might lead into the mount
+    else:
+        passthrough = _wants_passthrough(config)
+        if keeper is not None:
+            keeper.passthrough = passthrough
+    return native.load(passthrough=passthrough, old_kernel=old_kernel)
+
+
+def _open_union(config: MountConfig, keeper: Keeper | None) -> Union:
+    if keeper is not None:
+        from unionfs.fuse.once import KeptUnion
+
+        return KeptUnion.of(config, keeper.past.layers, keeper.once)
+    from unionfs.core.union import Union
+
+    return Union.open(config)
 
 
 def _sync(fd: int) -> None:

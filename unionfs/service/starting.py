@@ -115,9 +115,7 @@ def _supervise(config: MountConfig, volumes: MountVolumes, writer: int, tell: Ca
         return EnvironmentUnfit.exit_code
 
     process.prepare()
-    process.import_pyfuse3()  # the next daemon is there the sooner, and this process shares the memory with it
-    # What is imported later the mount may hide.
-    from unionfs.fuse import dispatch, ops, restart  # noqa: F401
+    _import_all()
     from unionfs.service import unmount
 
     def run(ledger: Ledger) -> int:
@@ -148,6 +146,13 @@ def _supervise(config: MountConfig, volumes: MountVolumes, writer: int, tell: Ca
         else:
             _telling(writer)(MountFailed.exit_code, line)
         return MountFailed.exit_code
+
+
+def _import_all() -> None:
+    """Import what daemons need: the next one is there the sooner and shares the memory, and the mount may hide it."""
+    process.import_pyfuse3()
+    from unionfs.fuse import dispatch, ops, restart  # noqa: F401
+    from unionfs.service import unmount  # noqa: F401
 
 
 def _telling(writer: int) -> Callable[[int, str], None]:
