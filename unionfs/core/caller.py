@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from unionfs.core import sysio
 from unionfs.idmap import IdMap
 
 
@@ -56,7 +56,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
     """
     if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
         return
-    if not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE for fd in handles):
+    if not any(map(sysio.may_write, handles)):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 

@@ -121,6 +121,11 @@ def fd_path(fd: int) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
+def may_write(fd: int) -> bool:
+    """Tell whether a descriptor is open for writing. Raises OSError."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
 def entry_path(dirfd: int, name: bytes) -> bytes:
     """Return a path for calls that have no ``*at`` form; only its last component can be a symbolic link."""
     return b"/proc/self/fd/%d/%b" % (dirfd, name)

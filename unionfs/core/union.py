@@ -11,7 +11,6 @@ Operations raise plain :class:`OSError`, and :class:`~unionfs.core.copyup.DataCo
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import resource
@@ -241,7 +240,7 @@ class Union:
 
     def written_nodes(self) -> set[int]:
         """Return the ids of the files in upper that somebody has open for writing."""
-        return {node.id for fd, node in self.open_files.items() if node.is_upper and may_write(fd)}
+        return {node.id for fd, node in self.open_files.items() if node.is_upper and sysio.may_write(fd)}
 
     def open_for_sync(self, node: Node) -> int:
         """Return a descriptor for syncing what upper has of a directory, or of a file of which it has no data.
@@ -403,11 +402,6 @@ class Union:
             self.door.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
-
-
-def may_write(fd: int) -> bool:
-    """Tell whether a descriptor is open for writing. Raises OSError."""
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _descriptor_room(layers: int) -> int:

@@ -125,9 +125,9 @@ def _make_wh_file(dirfd: int, name: bytes) -> None:
         fd = os.open(mark, flags, 0o644, dir_fd=dirfd)
     except OSError as exc:
         if exc.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), mark) from None
+            raise sysio.error(errno.EEXIST, mark) from None
         raise
     st = os.fstat(fd)
     os.close(fd)
     if not stat.S_ISREG(st.st_mode) or st.st_size:
-        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), mark)
+        raise sysio.error(errno.EEXIST, mark)

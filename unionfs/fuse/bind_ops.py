@@ -31,13 +31,13 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from unionfs.config import MountConfig
-from unionfs.core import protect
+from unionfs.core import protect, sysio
 from unionfs.core.bind import CHANGING, BindDirHandle, BindPoint, Binds
 from unionfs.core.bindnodes import BindNode, is_bind
 from unionfs.core.dirhandle import DirHandle
 from unionfs.core.inodes import Dir, Node
 from unionfs.core.merge import Entry
-from unionfs.core.union import Union, may_write
+from unionfs.core.union import Union
 from unionfs.fuse import native
 from unionfs.fuse.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.fuse.ops import UnionOperations, forget_entry, handler, wanted_changes
@@ -95,7 +95,7 @@ class BindingOperations(UnionOperations):
 
     def written(self) -> set[int]:
         """Return the node ids of what somebody has open for writing."""
-        return super().written() | {node.id for fd, node in self._binds.open_files.items() if may_write(fd)}
+        return super().written() | {node.id for fd, node in self._binds.open_files.items() if sysio.may_write(fd)}
 
     def counters(self) -> dict[str, int]:
         """Return figures for the log and for tools."""

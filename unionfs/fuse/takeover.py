@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import stat
@@ -257,7 +256,7 @@ def _is_regular(fd: int) -> bool:
 def _point_at_upper(union: Union, node: Node, fd: int) -> None:
     """Copy-up may have ended before the handles were told; see `CopyUp.reopen_handles`."""
     real = union.tree.stat(node)
-    if os.path.samestat(real, os.fstat(fd)) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+    if os.path.samestat(real, os.fstat(fd)) or sysio.may_write(fd):
         return
     fresh = union.tree.open_real(node, os.O_RDONLY)
     os.dup2(fresh, fd, inheritable=False)
