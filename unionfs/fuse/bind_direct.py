@@ -18,13 +18,17 @@ from unionfs.core.dirhandle import DirHandle
 from unionfs.core.merge import Entry
 from unionfs.fuse import native, wire
 from unionfs.fuse.direct import Answer, Direct
+from unionfs.fuse.handles import check_direct_io
+from unionfs.fuse.wire import DT_SHIFT, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, Opcode
 
-_PASSTHROUGH_NO_FLUSH: Final = 1 << 7 | 1 << 5
-_DT_DIR: Final = stat.S_IFDIR >> 12
+_DT_DIR: Final = stat.S_IFDIR >> DT_SHIFT
 
-
-# SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, CREATE, RENAME2
-_MAY_CHANGE: Final = frozenset((4, 6, 8, 9, 10, 11, 12, 13, 14, 35, 45))
+_MAY_CHANGE: Final = frozenset(
+    (
+        *(Opcode.SETATTR, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR, Opcode.RENAME),
+        *(Opcode.LINK, Opcode.OPEN, Opcode.CREATE, Opcode.RENAME2),
+    )
+)
 
 
 class NativeWatcher(Watcher):
@@ -79,7 +83,7 @@ class BindHandles:
         """
         if self._has_passthrough():
             if flags & os.O_DIRECT:
-                os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+                check_direct_io(fd)
             self._modes.opened(node.id, fd, allowed=self._may_pass(node, fd))
         if not node.bind.read_only:
             native.own_attributes(node.id, fd, node.ino, node.bind.timeout)
@@ -218,7 +222,7 @@ class BindingDirect(Direct):
             self._binds.close_file(fd)
             raise
         backing = native.take_backing(fd)
-        return wire.open_out(fd, _PASSTHROUGH_NO_FLUSH if backing else 0, backing)
+        return wire.open_out(fd, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH if backing else 0, backing)
 
     def open(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Open a file."""
@@ -299,7 +303,7 @@ class BindingDirect(Direct):
         root = self._binds.points.get((handle.node.id, entry.name))
         if root is None:
             return super()._packed(handle, entry, position, room)
-        packed = wire.dirent(root.ino, position, entry.name, root.fmt >> 12)
+        packed = wire.dirent(root.ino, position, entry.name, root.fmt >> DT_SHIFT)
         if len(wire.NO_ENTRY) + len(packed) > room:
             return None
         return self._reply(root, self._binds.stat(root)) + packed

@@ -41,8 +41,7 @@ from unionfs.core.union import Union
 from unionfs.fuse import native
 from unionfs.fuse.bind_direct import BindHandles, BindingDirect, NativeWatcher
 from unionfs.fuse.ops import UnionOperations, forget_entry, handler, wanted_changes
-
-_DT_SHIFT = 12
+from unionfs.fuse.wire import DT_SHIFT, UNKNOWN_INO
 
 
 class BindingOperations(UnionOperations):
@@ -440,13 +439,13 @@ class BindingOperations(UnionOperations):
         self, token: pyfuse3.ReaddirToken, parent: BindNode, name: bytes, ino: int, kind: int, position: int
     ) -> bool:
         if self._native:
-            return pyfuse3.readdir_reply(token, name, self._bare(ino, kind << _DT_SHIFT), position)
+            return pyfuse3.readdir_reply(token, name, self._bare(ino, kind << DT_SHIFT), position)
         root = self._binds.points.get((parent.id, name))
         try:
             looked = self._binds.look(parent, name) if root is None else (root, self._binds.stat(root))
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, kind << _DT_SHIFT), position)
+            return pyfuse3.readdir_reply(token, name, self._bare(UNKNOWN_INO, kind << DT_SHIFT), position)
         return looked is None or self._reply_bound(token, name, *looked, position)
 
     def _reply_bound(

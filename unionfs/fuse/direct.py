@@ -37,6 +37,15 @@ from unionfs.core.slow import WouldBlock
 from unionfs.core.union import Union
 from unionfs.fuse import native, wire
 from unionfs.fuse.handles import Handles
+from unionfs.fuse.wire import (
+    DT_SHIFT,
+    FOPEN_CACHE_DIR,
+    FOPEN_KEEP_CACHE,
+    FOPEN_NOFLUSH,
+    FOPEN_PASSTHROUGH,
+    UNKNOWN_INO,
+    Opcode,
+)
 
 if TYPE_CHECKING:
     from unionfs.fuse.restart import Keeper
@@ -50,21 +59,12 @@ Handler = Callable[[int, int, int, int, bytes], Answer]
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH, _ATIME_NOW, _MTIME_NOW = (1 << bit for bit in range(9))
 _TOUCHED: Final = _ATIME_NOW | _MTIME_NOW
 
-_GETXATTR: Final = 22
-
-_KEEP_CACHE: Final = 1 << 1
-_CACHE_DIR: Final = 1 << 3
-_NO_FLUSH: Final = 1 << 5
-_PASSTHROUGH: Final = 1 << 7
-
 _NAME_MAX: Final = 255
 _LASTING: Final = 3600.0
-_DT_SHIFT: Final = 12
 
 _setattr_in: Final = struct.Struct("=IIQQQqqqIIIIIIII").unpack_from
 _mkdir_in: Final = struct.Struct("=II").unpack_from
 _DIRENT_SIZE: Final = 24
-_UNKNOWN_INO: Final = 1 << 62
 
 _MANY: Final = 8192
 """From so many entries on a listing goes without attributes, unless these are asked for."""
@@ -123,7 +123,7 @@ class Direct:
         self._kept: set[int] = set()  # directories whose kept listing a reader uses
         handlers = self._handlers()
         if not union.config.shows_as_stored:
-            del handlers[_GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
+            del handlers[Opcode.GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
         if union.door.is_slow:
             handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
         if keeper is not None:
@@ -133,26 +133,26 @@ class Direct:
     def _handlers(self) -> dict[int, Callable[[int, int, int, int, bytes], Answer]]:
         """Return the handlers by opcode."""
         return {
-            1: self.lookup,
-            2: self.forget,
-            3: self.getattr,
-            4: self.setattr,
-            5: self.readlink,
-            6: self.symlink,
-            9: self.mkdir,
-            10: self.unlink,
-            11: self.rmdir,
-            12: self.rename,
-            14: self.open,
-            18: self.release,
-            _GETXATTR: self.getxattr,
-            27: self.opendir,
-            29: self.releasedir,
-            30: self.fsyncdir,
-            35: self.create,
-            42: self.batch_forget,
-            44: self.readdirplus,
-            45: self.rename2,
+            Opcode.LOOKUP: self.lookup,
+            Opcode.FORGET: self.forget,
+            Opcode.GETATTR: self.getattr,
+            Opcode.SETATTR: self.setattr,
+            Opcode.READLINK: self.readlink,
+            Opcode.SYMLINK: self.symlink,
+            Opcode.MKDIR: self.mkdir,
+            Opcode.UNLINK: self.unlink,
+            Opcode.RMDIR: self.rmdir,
+            Opcode.RENAME: self.rename,
+            Opcode.OPEN: self.open,
+            Opcode.RELEASE: self.release,
+            Opcode.GETXATTR: self.getxattr,
+            Opcode.OPENDIR: self.opendir,
+            Opcode.RELEASEDIR: self.releasedir,
+            Opcode.FSYNCDIR: self.fsyncdir,
+            Opcode.CREATE: self.create,
+            Opcode.BATCH_FORGET: self.batch_forget,
+            Opcode.READDIRPLUS: self.readdirplus,
+            Opcode.RENAME2: self.rename2,
         }
 
     # -- helpers --
@@ -213,7 +213,7 @@ class Direct:
         """Build ``struct fuse_open_out``."""
         backing = native.take_backing(fd)
         # The kernel refuses passthrough together with flags about a page cache that there is not.
-        return wire.open_out(fd, _PASSTHROUGH | _NO_FLUSH if backing else _KEEP_CACHE, backing)
+        return wire.open_out(fd, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH if backing else FOPEN_KEEP_CACHE, backing)
 
     # -- names --
 
@@ -462,7 +462,7 @@ class Direct:
             return wire.open_out(handle, 0, 0)
         self._kept.add(node.id)
         opened.kept = True
-        return wire.open_out(handle, _KEEP_CACHE | _CACHE_DIR, 0)
+        return wire.open_out(handle, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR, 0)
 
     def take_over(self) -> None:
         """Go on with directories that the kernel has opened with another daemon."""
@@ -501,7 +501,7 @@ class Direct:
         for position, name in ((1, b"."), (2, b"..")):
             if offset < position:
                 of = node if position == 1 or node.parent is None else node.parent
-                parts.append(wire.NO_ENTRY + wire.dirent(of.ino, position, name, stat.S_IFDIR >> _DT_SHIFT))
+                parts.append(wire.NO_ENTRY + wire.dirent(of.ino, position, name, stat.S_IFDIR >> DT_SHIFT))
                 size -= len(parts[-1])
         if self._reads_names(handle, offset):
             parts += self._bare(handle, offset, size)
@@ -543,14 +543,14 @@ class Direct:
     def _ino_of(self, handle: DirHandle, entry: Entry) -> int:
         """Return the ``st_ino`` of a listed entry, 0 where it is gone."""
         if self._covered and (handle.node.id, entry.name) in self._covered:
-            return _UNKNOWN_INO
+            return UNKNOWN_INO
         ino = self._union.listed_ino(handle.node, entry)
         if ino is not None:
             return ino
         try:
             looked = self._union.look_at(handle, entry)
         except OSError:
-            return _UNKNOWN_INO
+            return UNKNOWN_INO
         if looked is None:
             return 0
         ino = looked[0].ino
@@ -595,16 +595,16 @@ class Direct:
         if wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7 > room:
             return None
         if self._covered and (handle.node.id, entry.name) in self._covered:
-            return wire.NO_ENTRY + wire.dirent(_UNKNOWN_INO, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(UNKNOWN_INO, position, entry.name, entry.kind)
         known = handle.node.children.get(entry.name)
         if known is not None and known.nlookup > 0 and self._timeout >= _LASTING and not handle.again:
             # The kernel has it, with attributes that last: it would only have to count one more lookup.
-            return wire.NO_ENTRY + wire.dirent(known.ino, position, entry.name, known.fmt >> _DT_SHIFT)
+            return wire.NO_ENTRY + wire.dirent(known.ino, position, entry.name, known.fmt >> DT_SHIFT)
         try:
             looked = self._union.look_at(handle, entry)
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return wire.NO_ENTRY + wire.dirent(_UNKNOWN_INO, position, entry.name, entry.kind)
+            return wire.NO_ENTRY + wire.dirent(UNKNOWN_INO, position, entry.name, entry.kind)
         except WouldBlock:
             # Attributes that must be waited for are left to those who want them.
             ino = self._union.listed_ino(handle.node, entry)
@@ -614,7 +614,7 @@ class Direct:
         if looked is None:
             return b""  # gone since the listing was made
         node, st = looked
-        packed = self._entry(node, st) + wire.dirent(node.ino, position, entry.name, node.fmt >> _DT_SHIFT)
+        packed = self._entry(node, st) + wire.dirent(node.ino, position, entry.name, node.fmt >> DT_SHIFT)
         node.nlookup += 1
         return packed
 

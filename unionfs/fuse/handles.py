@@ -24,6 +24,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core import sysio
 from unionfs.core.dirfds import Watcher
 from unionfs.core.inodes import APPEND_ONLY, IMMUTABLE, INDEXED, META, UPPER, Dir, Node
 from unionfs.fuse import native
@@ -35,6 +36,11 @@ _MOST_IDLE: Final = 4096
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 _DECIDED: Final = UPPER | META | INDEXED | IMMUTABLE | APPEND_ONLY
+
+
+def check_direct_io(fd: int) -> None:
+    """Raise OSError, EINVAL, where the file system of an open file has no direct I/O."""
+    os.close(os.open(sysio.fd_path(fd), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
 
 
 class NativeDirectories(Watcher):
@@ -124,7 +130,7 @@ class Handles:
         stale = False
         if self._passing:
             if flags & os.O_DIRECT:
-                os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+                check_direct_io(fd)
             if self._modes.opened(node.id, fd, allowed=passing) and flags & os.O_ACCMODE == os.O_RDWR:
                 self._mappers.setdefault(node.id, set()).add(fd)
                 stale = True

@@ -42,6 +42,7 @@ from unionfs.fuse.following import Following
 from unionfs.fuse.handles import Handles, NativeDirectories
 from unionfs.fuse.patience import Patience
 from unionfs.fuse.watching import ABSENT_SECONDS, Watching
+from unionfs.fuse.wire import DT_SHIFT, UNKNOWN_INO
 
 if TYPE_CHECKING:
     from unionfs.fuse.restart import Keeper
@@ -52,7 +53,6 @@ _SAY_AGAIN_SECONDS = 60.0
 """How long nothing is said of memory that runs out again."""
 
 FOREVER = 365 * 86400.0
-_DT_SHIFT = 12
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -600,13 +600,13 @@ class UnionOperations(pyfuse3.Operations):
             looked = self._union.look_at(handle, entry)
         except OSError:
             # Listed all the same: whoever asks for it gets the error.
-            return pyfuse3.readdir_reply(token, name, self._bare(1 << 62, entry.kind << _DT_SHIFT), position)
+            return pyfuse3.readdir_reply(token, name, self._bare(UNKNOWN_INO, entry.kind << DT_SHIFT), position)
         except WouldBlock:
             # Attributes that must be waited for are left to those who want them, where an entry can do without.
             ino = self._union.listed_ino(handle.node, entry) if self._native else None
             if ino is None:
                 raise
-            return pyfuse3.readdir_reply(token, name, self._bare(ino, entry.kind << _DT_SHIFT), position)
+            return pyfuse3.readdir_reply(token, name, self._bare(ino, entry.kind << DT_SHIFT), position)
         if looked is None:
             return True  # gone since the listing was made
         node, st = looked

@@ -44,10 +44,11 @@ from unionfs.fuse.kept import DirectoryRecord, DirHandles, FileRecord, KeptNodes
 from unionfs.fuse.ledger import Ledger, State, open_descriptors
 from unionfs.fuse.once import RESENT, KeptUnion, Once, request
 from unionfs.fuse.takeover import Restored, carried_out, take_file
+from unionfs.fuse.wire import Opcode
 
 _NOTIFY_RESEND: Final = struct.pack("=IiQ", 16, 7, 0)
 
-_RELEASES: Final = frozenset((18, 29))
+_RELEASES: Final = frozenset((Opcode.RELEASE, Opcode.RELEASEDIR))
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class Keeper:
     def _is_open(self, opcode: int, body: bytes) -> bool:
         assert self._union is not None
         handle = wire.u64(body)[0]
-        return handle in (self._union.open_files if opcode == 18 else self.directories)
+        return handle in (self._union.open_files if opcode == Opcode.RELEASE else self.directories)
 
     async def attend(self, call: Callable[[], Awaitable[T]]) -> T:
         """The same for a handler that may wait."""
