@@ -46,13 +46,7 @@ class Attributes:
 
 def privileged() -> bool:
     """Whether this thread is root, and not of a user namespace that lacks most users."""
-    if os.geteuid() != 0:
-        return False
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as lines:
-            return lines.read().split() == ["0", "0", "4294967295"]
-    except OSError:
-        return True
+    return os.geteuid() == 0 and sysio.in_initial_user_namespace()
 
 
 def read(fd: int, st: os.stat_result | None = None) -> Attributes:

@@ -194,9 +194,7 @@ def _has_sys_admin() -> bool:
     """Whether this process has CAP_SYS_ADMIN in the initial user namespace, as far as can be told."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        initial = file.read().split() == ["0", "0", "4294967295"]
-    return initial and bool(effective >> CAP_SYS_ADMIN & 1)
+    return sysio.in_initial_user_namespace() and bool(effective >> CAP_SYS_ADMIN & 1)
 
 
 def _capabilities() -> Finding:

@@ -301,6 +301,15 @@ def enter_mount_namespace(path: str) -> None:
         os.close(fd)
 
 
+def in_initial_user_namespace() -> bool:
+    """Whether this process's users are the machine's own, as far as can be told."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            return lines.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
 _PR_SET_PDEATHSIG: Final = 1
 
 

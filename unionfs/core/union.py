@@ -411,10 +411,10 @@ def _descriptor_room(layers: int) -> int:
 
 
 def _may_set_trusted(layers: LayerStack) -> bool:
-    """Tell whether ``trusted.*`` attributes can be used: it takes CAP_SYS_ADMIN in the first user namespace."""
+    """Tell whether ``trusted.*`` attributes can be used: it takes CAP_SYS_ADMIN in the initial user namespace."""
     fd = layers.work_fd
     if fd < 0:
-        return os.geteuid() == 0 and _in_first_user_namespace()
+        return os.geteuid() == 0 and sysio.in_initial_user_namespace()
     name = "trusted.overlay.probe"
     try:
         os.setxattr(sysio.fd_path(fd), name, b"")
@@ -422,14 +422,6 @@ def _may_set_trusted(layers: LayerStack) -> bool:
     except OSError as exc:
         return exc.errno not in (errno.EPERM, errno.EACCES)
     return True
-
-
-def _in_first_user_namespace() -> bool:
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as lines:
-            return lines.read().split() == ["0", "0", "4294967295"]
-    except OSError:
-        return True
 
 
 def _open_index(config: MountConfig, layers: LayerStack, work: WorkDir | None, fmt: Format) -> int:

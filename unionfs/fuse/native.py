@@ -44,6 +44,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+from unionfs.core import sysio
+
 _module: ModuleType | None = None
 
 
@@ -64,17 +66,12 @@ def load(*, passthrough: bool = False, old_kernel: bool = False) -> bool:
     global _module
     if _module is None and "pyfuse3" not in sys.modules:
         _module = _import_global()
-    if _module is not None and passthrough and _initial_root():
+    # Registering a backing file takes root of the initial user namespace.
+    if _module is not None and passthrough and os.geteuid() == 0 and sysio.in_initial_user_namespace():
         _module.ask_passthrough()
     if _module is not None and old_kernel:
         _module.pretend_old_kernel()
     return _module is not None
-
-
-def _initial_root() -> bool:
-    """Whether this process is root of the initial user namespace, which registering a backing file takes."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return os.geteuid() == 0 and file.read().split() == ["0", "0", str(2**32 - 1)]
 
 
 def _import_global() -> ModuleType | None:
