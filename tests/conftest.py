@@ -179,8 +179,7 @@ def check_by_overlay(make_stack: StackMaker) -> Iterator[Callable[[Stack], Path]
     """Mount kernel overlayfs over the layers of an unmounted stack, and return where."""
 
     def check(stack: Stack, options: str = "") -> Path:
-        oracle = Stack("overlay", stack.base, list(stack.lowers), stack.upper, stack.work, stack.mnt)
-        oracle.data = list(stack.data)
+        oracle = stack.by("overlay")
         oracle.mount(options)
         opened.append(oracle)
         return oracle.mnt

@@ -141,7 +141,7 @@ def test_the_kernels_index_is_read_by_ours(make_stack: Callable[..., Stack]) -> 
     os.link(root / "b", root / "e")
     view = snapshot(root)
     kernel.umount()
-    ours = Stack("union", kernel.base, kernel.lowers, kernel.upper, kernel.work, kernel.mnt)
+    ours = kernel.by("union")
     ours.mount()
     try:
         assert_same(view, snapshot(root))
@@ -242,7 +242,7 @@ def test_an_old_kernel_that_does_not_tell_the_uuid(
     stack.umount()
     assert mark(stack.up, "origin") is None
 
-    oracle = Stack("overlay", stack.base, [stack.lower], stack.upper, stack.work, stack.mnt)
+    oracle = stack.by("overlay")
     oracle.mount()
     assert (oracle.mnt / "b").stat().st_mode & 0o777 == 0o600
     oracle.umount()

@@ -242,7 +242,7 @@ def test_the_kernels_metacopies_are_read_by_ours(make_stack: StackMaker) -> None
     os.utime(root / "d2" / "h", (1, 1))
     view = snapshot(root)
     kernel.umount()
-    ours = Stack("union", kernel.base, kernel.lowers, kernel.upper, kernel.work, kernel.mnt)
+    ours = kernel.by("union")
     ours.mount()
     try:
         assert_same(view, snapshot(root))

@@ -209,7 +209,7 @@ def test_malicious_redirects_lead_nowhere(stack2: Stack, value: bytes) -> None:
     names = names_or_refusal(root / "new")
     assert "secret" not in names
     stack2.umount()
-    oracle = Stack("overlay", stack2.base, stack2.lowers, stack2.upper, stack2.work, stack2.mnt)
+    oracle = stack2.by("overlay")
     oracle.mount()
     try:
         assert names_or_refusal(root / "new") == names

@@ -377,7 +377,7 @@ def _kill_at_steps(
     assert _counters(served)["open_files"] == _counters(served)["open_directories"] == 0
     served.end()
     if not options:
-        after = Stack("overlay", ours.base, list(ours.lowers), ours.upper, ours.work, ours.mnt)
+        after = ours.by("overlay")
         root = after.mount()
         try:
             assert_same(snapshot(root, times=False), snapshot(reference, times=False))

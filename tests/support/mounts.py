@@ -144,6 +144,10 @@ class Stack:
     _mounts: int = 0
     _logs_read: dict[Path, int] = field(default_factory=dict)
 
+    def by(self, kind: Kind) -> Stack:
+        """The same layers and mount point, for `kind` to mount while this one isn't."""
+        return Stack(kind, self.base, list(self.lowers), self.upper, self.work, self.mnt, list(self.data))
+
     @classmethod
     def make(cls, kind: Kind, base: Path, *, lowers: int = 1, options: str = "") -> Stack:
         """Lay out a stack below `base`: `lower0` (top) and so on, `upper`, `work`, `mnt`."""
