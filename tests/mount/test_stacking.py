@@ -15,7 +15,7 @@ from tests.mount.posix.table import fails
 from tests.support.filesystems import file_system, run
 from tests.support.layers import FIFO, File, HardLink, Symlink, Tree, build, is_whiteout
 from tests.support.mounts import Kind, MountRefused, Stack
-from tests.support.snapshot import assert_same, snapshot
+from tests.support.snapshot import Snapshot, assert_same, snapshot
 
 Oracle = Callable[[Stack], Path]
 StackMaker = Callable[..., Stack]
@@ -117,16 +117,22 @@ def test_kernel_overlay_with_our_mount_as_upper(make_stack: StackMaker) -> None:
     outer.umount()
 
 
-def test_our_union_over_ours(make_stack: StackMaker) -> None:
-    inner = make_stack("union", name="inner")
+def over_a_used_one(make_stack: StackMaker, kind: Kind) -> tuple[Path, Snapshot, Stack]:
+    """Mount ours over the mount of a kind in which things were done; return that mount's root, what it shows, and ours."""
+    inner = make_stack(kind, name="inner")
     build(inner.lower, TREE)
     inner_root = inner.mount()
     work_hard(inner_root)
     view = snapshot(inner_root)
     outer = make_stack("union", name="outer")
     outer.lowers = [inner_root]
-    root = outer.mount()
-    assert_same(view, snapshot(root))
+    assert_same(view, snapshot(outer.mount()))
+    return inner_root, view, outer
+
+
+def test_our_union_over_ours(make_stack: StackMaker) -> None:
+    inner_root, view, outer = over_a_used_one(make_stack, "union")
+    root = outer.mnt
     work = [path for path in ("f", "l1") if (root / path).exists()]
     for name in work:
         with open(root / name, "ab") as stream:
@@ -141,15 +147,8 @@ def test_our_union_over_ours(make_stack: StackMaker) -> None:
 
 
 def test_our_union_over_kernel_overlay(make_stack: StackMaker) -> None:
-    inner = make_stack("overlay", name="inner")
-    build(inner.lower, TREE)
-    inner_root = inner.mount()
-    work_hard(inner_root)
-    view = snapshot(inner_root)
-    outer = make_stack("union", name="outer")
-    outer.lowers = [inner_root]
-    root = outer.mount()
-    assert_same(view, snapshot(root))
+    inner_root, view, outer = over_a_used_one(make_stack, "overlay")
+    root = outer.mnt
     with open(root / "f", "ab") as stream:
         stream.write(b"outer")
     outer.remount()
