@@ -199,7 +199,7 @@ def restore_file(
     progress: Progress | None = None,
     warn: Warn | None = None,
 ) -> Totals:
-    """Like :func:`restore`, from a file."""
+    """Like :func:`restore`, from a file. Raises VolumeError, which names it."""
     try:
         with open(path, "rb") as source:
             st = os.fstat(source.fileno())

@@ -76,7 +76,12 @@ class BindDirHandle:
 
 
 class Binds(BindNodes):
-    """The bind paths of one mount, and what can be done in them."""
+    """The bind paths of one mount, and what can be done in them.
+
+    Operations name their place by a directory's node and one path component, and take *mode*, *flags* and *rdev* as the
+    system call of their name does; *who* asks, and owns what is made. They raise OSError: what the host says, EROFS in
+    a read-only bind path, EEXIST or EBUSY at a point, ESTALE for an object that can't be found again.
+    """
 
     def __init__(
         self,

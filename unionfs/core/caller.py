@@ -33,14 +33,15 @@ class Caller(NamedTuple):
 
 
 def caller(ids: IdMap | None, uid: int, gid: int, umask: int, pid: int) -> Caller:
-    """Return who asks, given the ids of a request."""
+    """Return who asks, given the ids, umask and process of a request; *ids* is None where none are translated."""
     return Caller(uid, gid, umask, pid) if ids is None else Caller(*ids.creator(uid, gid), umask, pid, ids, uid)
 
 
 def clear_suidgid(fd: int, who: Caller | None) -> None:
     """Clear what a change of data by an ordinary user clears: set-user-id, and set-group-id of a group-executable file.
 
-    Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``).
+    Without group execution set-group-id only goes if *who* is not in the file's group (``setattr_should_drop_sgid``);
+    it stays where nobody knows who that is. Raises OSError.
     """
     st = os.fstat(fd)
     drop = _suidgid_to_clear(st, who)

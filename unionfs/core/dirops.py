@@ -42,7 +42,13 @@ _OPEN_FOR_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class DirOps:
-    """Changes directories of one mount."""
+    """Changes directories of one mount.
+
+    Every operation names its place by a directory and one path component, takes *mode* and *flags* as the system call
+    of its name does, and applies the umask of *who* asks unless a default ACL takes its place. It raises OSError: what
+    that system call says of the merged directory, EROFS without upper, EPERM for immutable and append-only objects,
+    ENOMEM before anything is changed; and DataCopyPending where data must be copied first.
+    """
 
     def __init__(self, config: MountConfig, tree: Tree, up: CopyUp, lister: Lister, protection: Protection) -> None:
         self._protection = protection

@@ -31,7 +31,7 @@ _FSXATTR_BYTES: Final = 28
 
 
 class Protection:
-    """Checks and flags of one mount."""
+    """Checks and flags of one mount. A check says what it is for, and raises OSError, EPERM, where that is refused."""
 
     def __init__(self, tree: Tree, up: CopyUp) -> None:
         self._tree = tree

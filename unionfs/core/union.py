@@ -185,7 +185,11 @@ class Union:
     # -- files --
 
     def open_file(self, node: Node, flags: int, *, kill_for: Caller | None = None) -> int:
-        """Open a regular file and return a descriptor of its data, good for as long as the handle lives."""
+        """Open a regular file and return a descriptor of its data, good for as long as the handle lives.
+
+        *flags* are those of open(2), *kill_for* is the user for whom O_TRUNC clears suid and sgid. Raises OSError:
+        EISDIR, EPERM for what is immutable or append-only, what copy-up and open(2) say; DataCopyPending.
+        """
         if node.is_dir:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if self.config.volatile:
@@ -215,7 +219,7 @@ class Union:
     def create_file(
         self, parent: Dir, name: bytes, mode: int, flags: int, who: Caller
     ) -> tuple[Node, os.stat_result, int]:
-        """Create a regular file and open it."""
+        """Create a regular file and open it, as `DirOps.create`; return its node, attributes and descriptor."""
         if self.config.volatile:
             flags &= ~(os.O_SYNC | os.O_DSYNC)
         node, st, fd = self.dirs.create(parent, name, mode, flags, who)
@@ -268,6 +272,9 @@ class Union:
 
         *fd* is an open handle that a truncation came through, *kill_for* the user for whom it clears suid and sgid.
         *who* asks; the kernel has checked what *changes* say, but not what a change of nothing does.
+
+        Raises OSError: EPERM for what is immutable or append-only, what copy-up and the system calls say;
+        DataCopyPending.
         """
         if changes == NOTHING and who is not None:
             check_clearing(self.tree.stat(node), who, node.handles or ())

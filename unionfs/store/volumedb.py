@@ -164,7 +164,7 @@ class Tables:
         state: str,
         detail: str = "",
     ) -> None:
-        """Add a volume."""
+        """Add a volume in one of the states above; *detail* is what it says of that state."""
         self._db.execute(
             "INSERT INTO volumes (name, labels, options, anonymous, created_at, state, detail) VALUES (?,?,?,?,?,?,?)",
             (name, json.dumps(dict(labels)), json.dumps(dict(options)), anonymous, _now(), state, detail),
