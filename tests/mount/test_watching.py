@@ -205,6 +205,21 @@ def test_nothing_else_is_forgotten(watching: Stack) -> None:
 
 
 @pytest.mark.expected_log("changes of lowers came too fast")
+@pytest.mark.parametrize("kind", ["union", "bind"])
+def test_what_is_gone_is_forgotten(make_stack: StackMaker, kind: str) -> None:
+    """The daemon remembers the number of what is no more for just as long as the kernel does."""
+    watching = make_stack(kind, options="lower=watch")
+    build(watching.lower, {"d": {f"f{number}": b"" for number in range(300)}})
+    root = watching.mount()
+    assert len([entry for entry in os.scandir(watching.mnt / "d") if entry.stat().st_size == 0]) == 300
+    before = watching.counter("nodes")
+    (watching.lower / "d").rename(watching.lower.parent / "away")
+    soon((watching.mnt / "d").exists, False)
+    soon(lambda: watching.counter("retired"), 0)
+    assert watching.counter("nodes") < before - 299
+    assert root.exists()
+
+
 def test_a_storm_ends_well(watching: Stack) -> None:
     """Many changes at once, more than the queue holds, while the union is used: in the end it shows what there is."""
     lower = watching.lowers[0]

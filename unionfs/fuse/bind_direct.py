@@ -176,7 +176,9 @@ class BindingDirect(Direct):
                 self._binds.forget(forgotten, count)
             else:
                 node = self._nodes.get(forgotten)
-                if node is not None and node.parent is not None:
+                if node is None:
+                    self._retired.discard(forgotten)
+                elif node.parent is not None:
                     self._tree.forget(node, count)
         return 0
 

@@ -240,6 +240,7 @@ class UnionOperations(pyfuse3.Operations):
         union = self._union
         return {
             "nodes": len(self._inodes.nodes),
+            "retired": len(self._inodes.retired),
             "open_files": len(union.open_files),
             "open_directories": len(self._dir_handles),
             "copy_ups": union.up.copies,
