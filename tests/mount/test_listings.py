@@ -176,6 +176,51 @@ def test_removing_while_another_lists(root: Path) -> None:
     assert os.listdir(here) == []
 
 
+def wait_for(stack: Stack, counter: str, value: int) -> None:
+    """The kernel reports a close in the background."""
+    for _ in range(50):
+        if stack.counter(counter) == value:
+            return
+    raise AssertionError(f"{counter} {stack.counter(counter)}")
+
+
+def test_a_directory_is_opened_again_without_python(ours: Stack) -> None:
+    build(ours.lower, {"d": {f"f{number}": b"x" for number in range(20)}})
+    here = ours.mount() / "d"
+    expected = names_only(here)
+    wait_for(ours, "open_directories", 0)
+    for _ in range(10):
+        assert names_only(here) == expected
+    wait_for(ours, "native_reopened", 20)
+    (here / "late").touch()
+    (here / "f3").unlink()
+    assert set(names_only(here)) == {*expected, "late"} - {"f3"}
+    wait_for(ours, "open_directories", 0)
+
+
+def test_whatever_is_asked_of_a_directory_opened_again(stack: Stack) -> None:
+    build(stack.lower, {"d": {f"f{number}": b"x" for number in range(20)}})
+    here = stack.mount() / "d"
+    before = set(os.listdir(here))
+    assert set(os.listdir(here)) == before
+    first = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    (here / "late").touch()
+    os.fsync(first)
+    assert set(os.listdir(first)) == {*before, "late"}
+    second = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    (here / "f3").unlink()
+    assert set(os.listdir(second)) == set(os.listdir(first)) == {*before, "late"} - {"f3"}
+    os.fsync(second)
+    shutil.rmtree(here)
+    for fd in (first, second):
+        assert os.listdir(fd) == []
+        os.close(fd)
+    here.mkdir()
+    (here / "new").touch()
+    for _ in range(3):
+        assert os.listdir(here) == ["new"]
+
+
 def test_a_place_is_found_again(root: Path) -> None:
     """telldir(3) and seekdir(3), also after changes on both sides of the place."""
     here = root / "d"

@@ -16,7 +16,7 @@ void *next_symbol(const char *name)
 
 static const char *const counter_names[COUNTERS] = {
 	"lookup", "read", "write", "lseek", "fallocate", "copy_file_range", "ioctl", "flush", "kill_suidgid", "passthrough",
-	"getattr", "setattr", "getxattr", "fsync", "direct", "shared", "open", "create",
+	"getattr", "setattr", "getxattr", "fsync", "direct", "shared", "reopened", "open", "create",
 };
 
 uint64_t counters[COUNTERS];
@@ -43,7 +43,7 @@ PyMethodDef module_methods[] = {
 static PyMethodDef *const tables[] = {
 	session_methods, request_methods, ioctl_methods, owned_methods, bound_methods, bound_file_methods, reader_methods,
 	direct_methods, packing_methods, receive_methods, reply_methods, lazy_methods, listed_methods, copied_methods,
-	forking_methods, module_methods,
+	forking_methods, lister_methods, module_methods,
 };
 
 static struct PyModuleDef module = {

@@ -62,7 +62,7 @@ void *next_symbol(const char *name);
 /* What was served natively. */
 enum counter {
 	LOOKUP, READ, WRITE, LSEEK, FALLOCATE, COPY_FILE_RANGE, IOCTL, FLUSH, KILL_SUIDGID, PASSTHROUGH,
-	GETATTR, SETATTR, GETXATTR, FSYNC, DIRECT, SHARED, OPEN, CREATE, COUNTERS
+	GETATTR, SETATTR, GETXATTR, FSYNC, DIRECT, SHARED, REOPENED, OPEN, CREATE, COUNTERS
 };
 
 extern uint64_t counters[COUNTERS];
@@ -212,12 +212,13 @@ bool is_reserved(const char *name);
 /* Note which node was seen at a name. Returns whether there was memory for it. */
 bool know_name(fuse_ino_t parent, const char *name, fuse_ino_t child);
 
-/* ------------------------------------------------------------------ bound*.c, readers.c, direct.c: answers at once */
+/* ------------------------------------------------------------------ bound*.c, readers.c, listers.c, direct.c: answers at once */
 
 /* Each says whether it has answered the message. */
 bool look_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool open_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf);
+bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf);
 bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf);
 
 /* Have Python handle a message of our own making, to which nobody waits for an answer. */
@@ -247,7 +248,7 @@ struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
 
 extern PyMethodDef module_methods[], session_methods[], request_methods[], ioctl_methods[], owned_methods[];
 extern PyMethodDef bound_methods[], bound_file_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
-extern PyMethodDef reply_methods[], listed_methods[], copied_methods[], forking_methods[];
+extern PyMethodDef reply_methods[], listed_methods[], copied_methods[], forking_methods[], lister_methods[];
 
 #pragma GCC visibility pop
 

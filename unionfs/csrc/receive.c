@@ -142,7 +142,7 @@ static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
 		}
 		if (result <= 0)
 			return result;
-		if (serve_reader(se, buf)) {
+		if (serve_reader(se, buf) || serve_lister(se, buf)) {
 			/* answered */
 		} else if (served_here(buf))
 			fuse_session_process_buf(se, buf);

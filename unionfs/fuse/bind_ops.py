@@ -121,6 +121,7 @@ class BindingOperations(UnionOperations):
             self._binds.hold(parent)
         else:
             parent.nlookup += 1
+            native.ask_again(parent.id)  # its listing is not the union's alone any more
         await trio.to_thread.run_sync(forget_entry, parent.id, name)
 
     def _walk(self, names: Sequence[bytes]) -> Dir | BindNode:

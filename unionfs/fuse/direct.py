@@ -120,7 +120,7 @@ class Direct:
         self._absent = bytes(16) + struct.pack("=Q", int(absent_timeout)) + bytes(8)
         self._absent += struct.pack("=I", int(absent_timeout % 1 * 1e9)) + bytes(wire.ENTRY_SIZE - 36)
         self._serial = 0
-        self._kept: set[int] = set()  # directories whose kept listing a reader uses
+        self._reopens = keeper is None
         handlers = self._handlers()
         if not union.config.shows_as_stored:
             del handlers[Opcode.GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
@@ -458,29 +458,35 @@ class Direct:
         self._serial += 1
         handle = self._serial << 1 | 1  # those of pyfuse3's way are even
         self._dir_handles[handle] = opened = DirHandle(node)
-        if not keep or not self._timeout or node.id in self._kept:
+        if not keep or not self._timeout or not native.keep_listing(node.id, handle, reopens=self._reopens):
             return wire.open_out(handle, 0, 0)
-        self._kept.add(node.id)
         opened.kept = True
         return wire.open_out(handle, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR, 0)
 
     def take_over(self) -> None:
         """Go on with directories that the kernel has opened with another daemon."""
         self._serial = max((handle >> 1 for handle in self._dir_handles if handle & 1), default=0)
-        self._kept |= {opened.node.id for opened in self._dir_handles.values() if opened.kept}
+        for handle, opened in self._dir_handles.items():
+            if opened.kept:
+                native.keep_listing(opened.node.id, handle, reopens=False)
+
+    def _dir_handle(self, node_id: int, handle: int) -> DirHandle | None:
+        """Return an open directory, None if it is not the union's; the native layer may have opened it."""
+        opened = self._dir_handles.get(handle)
+        if opened is None and native.opened_again(node_id, handle):
+            node = self._nodes[node_id]
+            assert isinstance(node, Dir)
+            self._dir_handles[handle] = opened = DirHandle(node)
+            opened.kept = True
+        return opened
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
-        handle = self._dir_handles.pop(wire.u64(body)[0], None)
-        if handle is None:
-            return None
-        if handle.kept:
-            self._kept.discard(handle.node.id)
-        return 0
+        return None if self._dir_handles.pop(wire.u64(body)[0], None) is None else 0
 
     def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Make a directory's entries durable."""
-        handle = self._dir_handles.get(wire.u64(body)[0])
+        handle = self._dir_handle(node_id, wire.u64(body)[0])
         if handle is None:
             return None
         fd = self._union.open_for_sync(handle.node)
@@ -493,7 +499,7 @@ class Direct:
         thousand the disk has to read as many inodes. So a long listing goes on with names alone (`_reads_names`).
         """
         fh, offset, size = wire.read_in(body)
-        handle = self._dir_handles.get(fh)
+        handle = self._dir_handle(node_id, fh)
         if handle is None:
             return None
         parts: list[bytes] = []

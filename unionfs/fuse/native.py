@@ -471,6 +471,30 @@ def share(node: int, fh: int) -> None:
         _module.share(node, fh)
 
 
+def keep_listing(node: int, fh: int, *, reopens: bool) -> bool:
+    """Let the kernel keep a directory's listing for one reader; returns False where another one uses what is kept.
+
+    Args:
+        node: the directory's node id.
+        fh: the handle that is about to be answered to its OPENDIR, with FOPEN_CACHE_DIR.
+        reopens: whether the native layer gives handles of its own to readers that come later, one at a time.
+    """
+    assert _module is not None
+    return bool(_module.keep_listing(node, fh, reopens))
+
+
+def ask_again(node: int) -> None:
+    """Have the next OPENDIR of a directory come to Python: what was decided of it holds no more."""
+    if _module is not None:
+        _module.ask_again(node)
+
+
+def opened_again(node: int, fh: int) -> bool:
+    """Whether a handle of a directory is one that the native layer gave by itself; its RELEASEDIR comes from now on."""
+    assert _module is not None
+    return bool(_module.opened_again(node, fh))
+
+
 def take_backing(fd: int) -> int:
     """Return the backing id that `IoModes.opened` announced for a handle, for an answer made directly; 0: none."""
     return int(_module.take_backing(fd)) if _module is not None else 0
