@@ -381,11 +381,15 @@ def change_attributes(root: Path) -> None:
                 os.utime(path, ns=(10**18 + 5, 10**18 + 3))
 
 
-def test_upper_is_left_as_overlayfs_leaves_it(make_stack: StackMaker) -> None:
+@pytest.mark.parametrize(("options", "host"), [("", "ext4"), ("metacopy=off", "xfs"), ("metacopy=off", "ext4")])
+def test_upper_is_left_as_overlayfs_leaves_it(
+    make_stack: StackMaker, on_file_system: Callable[[str], Path], options: str, host: str
+) -> None:
     """Marks, origins, owners, modes, times: all that is in upper after the same changes over the very same lower."""
-    ours = make_stack("union", name="ours")
+    base = on_file_system(host)
+    ours = make_stack("union", name="ours", base=base, options=options)
     furnish_of_all_kinds(ours.lower)
-    oracle = make_stack("overlay", name="theirs")
+    oracle = make_stack("overlay", name="theirs", base=base, options=options)
     oracle.lowers = ours.lowers
     for stack in (ours, oracle):
         change_attributes(stack.mount())
@@ -393,13 +397,42 @@ def test_upper_is_left_as_overlayfs_leaves_it(make_stack: StackMaker) -> None:
     left, right = snapshot(ours.up), snapshot(oracle.up)
     del left[b""], right[b""]  # the root has a random UUID, and overlayfs's names its lower, for the index
     assert_same(left, right)
-    assert mark(ours.up / "d" / "e" / "g", "metacopy") is not None
+    assert (mark(ours.up / "d" / "e" / "g", "metacopy") is None) == bool(options)
     assert os.listdir(ours.work / "work") == []
     ours.mount()
     oracle.mount()
     assert_same(snapshot(ours.mnt), snapshot(oracle.mnt))
     ours.umount()
     oracle.umount()
+
+
+@pytest.mark.parametrize("change", [lambda path: os.chmod(path, 0o640), lambda path: open(path, "ab").close()])
+def test_a_copy_that_shares_its_data(
+    make_stack: StackMaker, on_file_system: Callable[[str], Path], change: Callable[[Path], None]
+) -> None:
+    """It takes no room; who had the file open before sees what is written to it, and the lower file stays as it is."""
+    base = on_file_system("xfs")
+    ours = make_stack("union", base=base, options="metacopy=off")
+    data = os.urandom(32 << 20)
+    build(ours.lower, {"f": data, "g": b"g"})
+    root = ours.mount()
+    os.sync()
+    free = os.statvfs(base).f_bavail
+    with open(root / "f", "rb", buffering=0) as before:
+        assert before.read(4) == data[:4]
+        change(root / "f")
+        assert ours.counter("copy_ups") == 1
+        assert (free - os.statvfs(base).f_bavail) * os.statvfs(base).f_frsize < 4 << 20
+        with open(root / "f", "r+b", buffering=0) as stream:
+            stream.write(b"new!")
+        before.seek(0)
+        assert before.read(4) == b"new!"
+    assert (root / "f").read_bytes() == b"new!" + data[4:]
+    assert (ours.lower / "f").read_bytes() == data
+    os.rename(root / "g", root / "moved")
+    ours.umount()
+    assert (ours.up / "f").read_bytes() == b"new!" + data[4:]
+    assert (ours.up / "moved").read_bytes() == b"g"
 
 
 def test_an_immutable_file_stays_as_it_is(ours: Stack) -> None:

@@ -62,7 +62,7 @@ _STORAGE_FLAGS: Final = 0x80000 | 0x10000000
 _EXT4: Final = 0xEF53
 
 # `native.copy_plain`, which is above this module.
-CopyPlain = Callable[[int, bytes, int, int, int, bytes | None, str, str], tuple[int, int, int] | None]
+CopyPlain = Callable[[int, bytes, int, int, int, bytes | None, str, str | None], tuple[int, int, int] | bool | None]
 
 
 class DataCopyPending(Exception):
@@ -261,7 +261,8 @@ class CopyUp:
         self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
         self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
         self.copies = 0
-        self.copy_plain: CopyPlain | None = None  # set by a driver that can copy metadata in one step
+        self.copy_plain: CopyPlain | None = None  # set by a driver that can copy plain files up in one step
+        self._unshared: set[int] = set()  # layers whose files can't share data with upper's
         self._ties_names = tree.work is not None and not volatile and sysio.file_system_type(tree.work.fd) == _EXT4
 
     @property
@@ -315,7 +316,7 @@ class CopyUp:
             self._copy_special(node)
 
     def plain_file(self, node: Node) -> int:
-        """Copy up a lower file about which nothing is special, without its data, if that can be done in one step.
+        """Copy up a lower file about which nothing is special, without copying data, if that can be done in one step.
 
         Whether it may be changed at all comes out with that step. So nothing is done where its directory would have to
         be copied up before.
@@ -323,10 +324,12 @@ class CopyUp:
         Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises OSError.
         """
         lower = node.flags & (PLAIN | UPPER | UNLINKED) == PLAIN and node.fmt == stat.S_IFREG
-        if not lower or not self.metacopy or self.tree.work is None or node.job is not None:
+        if not lower or self.tree.work is None or node.job is not None:
             return -1
         parent = node.parent
-        return self._copy_plain(node, parent) if parent is not None and parent.stack[0] == 0 else -1
+        if parent is None or parent.stack[0] != 0:
+            return -1
+        return self._copy_plain(node, parent, data=not self.metacopy)
 
     def alias(self, node: Node, parent: Dir, name: bytes) -> None:
         """Make sure that an indexed file has this very name in upper too (``ovl_link_up``)."""
@@ -398,7 +401,7 @@ class CopyUp:
         parent = node.parent
         if parent is not None and not node.flags & UNLINKED:
             self.directory(parent)
-            if not data and (fd := self._copy_plain(node, parent)) >= 0:
+            if size is None and (fd := self._copy_plain(node, parent, data=data)) >= 0:
                 os.close(fd)
                 return
         st = self.tree.stat(node)
@@ -423,26 +426,36 @@ class CopyUp:
             os.close(target)
         self.name_indexed(node)
 
-    def _copy_plain(self, node: Node, parent: Dir) -> int:
-        """Have the metadata copied in one step, if nothing about the file is special; *parent* is in upper.
+    def _copy_plain(self, node: Node, parent: Dir, *, data: bool) -> int:
+        """Copy a file up in one step, if nothing about it is special; *parent* is in upper. With *data* it is shared.
 
         Returns a descriptor of the copy; -1: nothing was done.
         """
         work, tree = self._work(), self.tree
         if self.copy_plain is None or not node.flags & PLAIN or tree.door.is_slow or not work.makes_nameless:
             return -1
+        if data and node.layer in self._unshared:
+            return -1
         to_fd = tree.dirfds.upper(parent)
         self._mark_impure(parent, to_fd)
         head = self.metadata.origin_head(node.layer) if tree.resolver.decodes_handles else None
         source_fd = tree.dirfds.fd(parent, node.layer)
-        made = self.copy_plain(
-            source_fd, node.name, node.rino, to_fd, work.fd, head, tree.fmt.origin, tree.fmt.metacopy
-        )
-        if made is None:
+        mark = None if data else tree.fmt.metacopy
+        made = self.copy_plain(source_fd, node.name, node.rino, to_fd, work.fd, head, tree.fmt.origin, mark)
+        if made is None or isinstance(made, bool):
+            if made is not None:
+                self._unshared.add(node.layer)
             return -1
-        fd, rino, tree.data_blocks[node] = made
-        node.flags |= META | PROTECTION_KNOWN
+        fd, rino, blocks = made
+        node.flags |= PROTECTION_KNOWN
+        if data:
+            self.copies += 1
+        else:
+            node.flags |= META
+            tree.data_blocks[node] = blocks
         self._became_upper(node, rino)
+        if data:
+            self.reopen_handles(node)
         return fd
 
     def _complete(self, node: Node, size: int | None) -> None:

@@ -16,7 +16,7 @@ from unionfs.core.inodes import Dir
 from unionfs.core.listing import Lister
 from unionfs.core.merge import Entry
 
-_DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
+DOTS: Final = 2  # the cookies of `.` and `..` are 1 and 2
 _HASH_MASK: Final = (1 << 61) - 1
 
 # Of how many directories, of how many names at most, the last listing is remembered: for readers that come together.
@@ -27,7 +27,7 @@ _MOST_LISTED: Final = 4096
 class DirHandle:
     """An open directory: its listing as it was when reading began."""
 
-    __slots__ = ("again", "bare", "children", "cookies", "entries", "kept", "node", "version", "wants_all")
+    __slots__ = ("again", "bare", "children", "cold", "cookies", "entries", "kept", "node", "version", "wants_all")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
@@ -41,6 +41,7 @@ class DirHandle:
         # directory were in use then; whether the reader has been seen to look at them.
         self.bare = self.children = 0
         self.wants_all = False
+        self.cold = False  # whether attributes had to be waited for
 
     def first_after(self, cookie: int) -> int:
         """Return the index of the first entry that comes after a cookie."""
@@ -56,7 +57,7 @@ class Listings:
 
     def read(self, handle: DirHandle, after: int) -> Iterator[tuple[int, Entry]]:
         """Yield (cookie, entry) of what comes after a cookie. 0 to 2, which the dots have, read the directory anew."""
-        if after <= _DOTS or handle.entries is None:
+        if after <= DOTS or handle.entries is None:
             node = handle.node
             handle.version, handle.cookies, handle.entries = self._listing(node)
             handle.again, node.listed = node.listed == node.version, node.version
@@ -78,7 +79,7 @@ class Listings:
 
 def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
     """Return cookies and the entries that have them, ascending. Equal hashes count on."""
-    hashed = sorted((_DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
+    hashed = sorted((DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
     cookies = [cookie for cookie, _ in hashed]
     for at in range(1, len(cookies)):
         if cookies[at] <= cookies[at - 1]:

@@ -1,6 +1,7 @@
 /*
- * The metadata-only copy-up of a plain file (unionfs/core/copyup.py) in one step: a regular lower file with one name, without
- * extended attributes and inode flags that a copy keeps. That is what chmod -R and chown -R do to most of all files.
+ * The copy-up of a plain file (unionfs/core/copyup.py) in one step: a regular lower file with one name, without extended
+ * attributes and inode flags that a copy keeps. Of its data nothing is copied: there is a mark that it is below
+ * (metacopy), or the copy shares it (reflink). That is what chmod -R and chown -R do to most of all files.
  *
  * Nothing is published before all is right, and whatever can't be done here is left to Python, errors included: it does
  * it all again, and knows what they mean.
@@ -29,9 +30,10 @@ struct copy {
 	const char *name;
 	unsigned long long ino; /* the lower file's */
 	const char *head; /* of the origin; NULL: nobody could decode one */
-	const char *origin, *metacopy; /* the attributes' names */
+	const char *origin, *metacopy; /* the attributes' names; without the latter data is shared */
 	/* What becomes of it. */
 	struct stat lower, upper;
+	bool unshareable; /* the two file systems, or this one, can't share data */
 	char value[ORIGIN_HEAD + HANDLE_MOST];
 	size_t size; /* of the value */
 };
@@ -75,30 +77,38 @@ static bool find_origin(struct copy *copy, int fd)
 }
 
 /* Find out all about the lower file; false where it isn't plain. */
-static bool examine(struct copy *copy)
+static bool examine(struct copy *copy, int source)
 {
-	int fd = openat(copy->from, copy->name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
 	struct stat *st = &copy->lower;
-	bool plain;
 
-	if (fd < 0)
-		return false;
-	plain = !fstat(fd, st) && S_ISREG(st->st_mode) && st->st_nlink == 1 && st->st_ino == copy->ino && has_no_xattrs(fd) &&
-		!has_kept_flags(fd) && find_origin(copy, fd);
-	close(fd);
-	return plain;
+	return !fstat(source, st) && S_ISREG(st->st_mode) && st->st_nlink == 1 && st->st_ino == copy->ino &&
+	       has_no_xattrs(source) && !has_kept_flags(source) && find_origin(copy, source);
+}
+
+/* Give the copy its size, and with it the data where no mark says that it is below. */
+static bool take_data(struct copy *copy, int source, int fd)
+{
+	if (!copy->lower.st_size)
+		return true;
+	if (copy->metacopy)
+		return !ftruncate(fd, copy->lower.st_size);
+	if (!ioctl(fd, FICLONE, source))
+		return true;
+	copy->unshareable = errno == EOPNOTSUPP || errno == EXDEV || errno == ENOTTY || errno == EINVAL;
+	return false;
 }
 
 /* The same order as in CopyUp.publish_regular, for the same reasons. */
-static bool build(struct copy *copy, int fd)
+static bool build(struct copy *copy, int source, int fd)
 {
 	const struct stat *st = &copy->lower;
 	struct timespec times[] = {st->st_atim, st->st_mtim};
 
-	return (!st->st_size || !ftruncate(fd, st->st_size)) && !fstat(fd, &copy->upper) &&
+	return take_data(copy, source, fd) && !fstat(fd, &copy->upper) && copy->upper.st_size == st->st_size &&
 	       ((st->st_uid == copy->upper.st_uid && st->st_gid == copy->upper.st_gid) || !fchown(fd, st->st_uid, st->st_gid)) &&
-	       !fsetxattr(fd, copy->origin, copy->value, copy->size, 0) && !fsetxattr(fd, copy->metacopy, "", 0, 0) &&
-	       !fchmod(fd, st->st_mode & 07777) && !futimens(fd, times);
+	       !fsetxattr(fd, copy->origin, copy->value, copy->size, 0) &&
+	       (!copy->metacopy || !fsetxattr(fd, copy->metacopy, "", 0, 0)) && !fchmod(fd, st->st_mode & 07777) &&
+	       !futimens(fd, times);
 }
 
 /* Give the copy its name; what the directory holds doesn't change, so its times stay. */
@@ -116,19 +126,31 @@ static bool publish(const struct copy *copy, int fd)
 }
 
 /* The descriptor of the published copy, negative where there is none. */
-static int copy_up(struct copy *copy)
+static int copy_from(struct copy *copy, int source)
 {
 	int fd;
 
-	if (!examine(copy))
+	if (!examine(copy, source))
 		return -1;
 	fd = openat(copy->work, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return -1;
-	if (build(copy, fd) && publish(copy, fd))
+	if (build(copy, source, fd) && publish(copy, fd))
 		return fd;
 	close(fd);
 	return -1;
+}
+
+static int copy_up(struct copy *copy)
+{
+	int source = openat(copy->from, copy->name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
+	int fd;
+
+	if (source < 0)
+		return -1;
+	fd = copy_from(copy, source);
+	close(source);
+	return fd;
 }
 
 static PyObject *py_copy_plain(PyObject *self UNUSED, PyObject *args)
@@ -137,11 +159,13 @@ static PyObject *py_copy_plain(PyObject *self UNUSED, PyObject *args)
 	Py_ssize_t head;
 	int fd = -1;
 
-	if (!PyArg_ParseTuple(args, "iyKiiz#ss", &copy.from, &copy.name, &copy.ino, &copy.to, &copy.work, &copy.head, &head,
+	if (!PyArg_ParseTuple(args, "iyKiiz#sz", &copy.from, &copy.name, &copy.ino, &copy.to, &copy.work, &copy.head, &head,
 			      &copy.origin, &copy.metacopy))
 		return NULL;
 	if (!copy.head || head == ORIGIN_HEAD)
 		fd = copy_up(&copy);
+	if (copy.unshareable)
+		Py_RETURN_FALSE;
 	if (fd < 0)
 		Py_RETURN_NONE;
 	return Py_BuildValue("iKL", fd, (unsigned long long)copy.upper.st_ino, (long long)copy.lower.st_blocks);
@@ -149,7 +173,8 @@ static PyObject *py_copy_plain(PyObject *self UNUSED, PyObject *args)
 
 PyMethodDef copied_methods[] = {
 	{"copy_plain", py_copy_plain, METH_VARARGS,
-	 "(dirfd, name, st_ino, directory in upper, work, head of the origin, names of two attributes): copy a file up, its "
-	 "metadata only. Returns (descriptor and st_ino of the copy, blocks of the lower file); None where nothing was done."},
+	 "(dirfd, name, st_ino, directory in upper, work, head of the origin, its attribute's name, that of the metacopy or None): "
+	 "copy a file up. Returns (descriptor and st_ino of the copy, blocks of the lower file); None where nothing was done, "
+	 "False where data can't be shared."},
 	{NULL, NULL, 0, NULL},
 };

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 from unionfs.core.caller import Caller, caller
 from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopyPending
-from unionfs.core.dirhandle import DirHandle
+from unionfs.core.dirhandle import DOTS, DirHandle
 from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
@@ -68,6 +68,9 @@ _DIRENT_SIZE: Final = 24
 
 _MANY: Final = 8192
 """From so many entries on a listing goes without attributes, unless these are asked for."""
+
+_COLD_SECONDS: Final = 100e-6
+"""An entry whose attributes take longer has its inode on a disk; from memory they take a tenth of it."""
 
 
 class Direct:
@@ -496,7 +499,8 @@ class Direct:
         """List a directory with the attributes of each entry; positions are 1 and 2 for the dots, then cookies.
 
         The kernel doesn't say whether its reader wants attributes. They are cheap for a few files; for a hundred
-        thousand the disk has to read as many inodes. So a long listing goes on with names alone (`_reads_names`).
+        thousand the disk has to read as many inodes. So a long listing goes on with names alone (`_reads_names`), soon
+        if it is seen that the disk reads.
         """
         fh, offset, size = wire.read_in(body)
         handle = self._dir_handle(node_id, fh)
@@ -512,6 +516,7 @@ class Direct:
         if self._reads_names(handle, offset):
             parts += self._bare(handle, offset, size)
             return b"".join(parts)
+        began = time.monotonic()
         for position, entry, record in self._listed(handle, offset, size):
             try:
                 packed = self._taken(node, entry, record, size) or self._packed(handle, entry, position, size)
@@ -523,12 +528,16 @@ class Direct:
                 break
             parts.append(packed)
             size -= len(packed)
+        if offset > DOTS:  # else the listing was read as well
+            handle.cold = time.monotonic() - began > _COLD_SECONDS * len(parts)
         return b"".join(parts)
 
     @staticmethod
     def _reads_names(handle: DirHandle, offset: int) -> bool:
         """Whether a long listing goes on without attributes: until half of what came so is looked up one by one."""
-        if handle.entries is None or len(handle.entries) < _MANY or handle.first_after(offset) < _MANY:
+        if handle.entries is None or len(handle.entries) < _MANY:
+            return False
+        if handle.first_after(offset) < _MANY and not handle.cold:
             return False
         if handle.bare and len(handle.node.children) - handle.children > handle.bare // 2:
             handle.wants_all = True

@@ -412,9 +412,9 @@ def pack_listed(
 
 
 def copy_plain(
-    dirfd: int, name: bytes, ino: int, to_fd: int, work_fd: int, head: bytes | None, origin: str, metacopy: str
-) -> tuple[int, int, int] | None:
-    """Copy a lower file up, its metadata only, in one step: publish it under its name or do nothing at all.
+    dirfd: int, name: bytes, ino: int, to_fd: int, work_fd: int, head: bytes | None, origin: str, metacopy: str | None
+) -> tuple[int, int, int] | bool | None:
+    """Copy a lower file up in one step, its metadata only or sharing its data: publish it or do nothing at all.
 
     It is done for a regular file with one name, without extended attributes, and without inode flags that a copy
     keeps. Nothing here raises OSError: whoever gets None does it step by step, and sees what is wrong.
@@ -427,13 +427,16 @@ def copy_plain(
         work_fd: the work directory.
         head: the origin's head (``struct ovl_fb``) without length and type; None for an empty origin.
         origin: the name of the attribute with the origin.
-        metacopy: the name of the attribute that marks a copy without data.
+        metacopy: the name of the attribute that marks a copy without data; None: data is shared (FICLONE).
 
     Returns:
-        A descriptor of the copy, for the caller to close, its st_ino, and the number of blocks of the lower file.
+        A descriptor of the copy, for the caller to close, its st_ino, and the number of blocks of the lower file. False
+        where no file of this directory can share data with upper.
     """
     assert _module is not None
-    copied: tuple[int, int, int] | None = _module.copy_plain(dirfd, name, ino, to_fd, work_fd, head, origin, metacopy)
+    copied: tuple[int, int, int] | bool | None = _module.copy_plain(
+        dirfd, name, ino, to_fd, work_fd, head, origin, metacopy
+    )
     return copied
 
 
