@@ -205,6 +205,28 @@ def test_no_descriptor_left(ours: Stack, spare: int) -> None:
 
 
 @pytest.mark.expected_log("Too many open files")
+def test_idle_handles_leave_room(ours: Stack) -> None:
+    """Those that are kept for the next reader are given up where another file is to be opened."""
+    for number in range(2 * LIMIT):
+        (ours.lower / f"f{number}").write_bytes(b"old")
+    counts: list[int] = []
+    for read_before in (0, LIMIT):
+        root = ours.mount("passthrough=off", under=["prlimit", f"--nofile={LIMIT}:{LIMIT}", "--"])
+        for number in range(read_before):
+            assert (root / f"f{2 * LIMIT - 1 - number}").read_bytes() == b"old"
+        opened: list[int] = []
+        try:
+            assert open_all(root, opened) in (errno.EMFILE, errno.ENFILE)
+        finally:
+            for fd in opened:
+                os.close(fd)
+        counts.append(len(opened))
+        ours.umount()
+    assert counts[0] > LIMIT // 3
+    assert counts[1] >= counts[0] - 2
+
+
+@pytest.mark.expected_log("Too many open files")
 def test_read_without_a_descriptor_left(ours: Stack) -> None:
     """What is open can be read, also where the host has nothing of it in its cache."""
     for number in range(2 * LIMIT):

@@ -153,17 +153,16 @@ class DataCopy:
 
     def _publish(self, mtime: int) -> None:
         node, up, work = self.node, self.up, self.up.work
-        if not node.flags & UPPER:
-            up.publish_regular(node, self.target, self._name, metacopy=False, mtime=mtime)
-        else:
-            if self._name is None:
-                assert work is not None
-                name = work.temp_name()
-                sysio.linkat_fd(self.target, work.fd, name)
-                self._name = name
-            up.replace_meta(node, self.target, self._name, mtime=mtime)
-        if not self.follows:
-            up.reopen_handles(node)
+        with contextlib.nullcontext() if self.follows else up.exchanging_handles(node, self.target):
+            if not node.flags & UPPER:
+                up.publish_regular(node, self.target, self._name, metacopy=False, mtime=mtime)
+            else:
+                if self._name is None:
+                    assert work is not None
+                    name = work.temp_name()
+                    sysio.linkat_fd(self.target, work.fd, name)
+                    self._name = name
+                up.replace_meta(node, self.target, self._name, mtime=mtime)
         up.name_indexed(node)
 
     def publish(self) -> None:
@@ -415,9 +414,8 @@ class CopyUp:
         target, name = self._work().open_temp()
         size, mtime = (wanted, _now() if wanted < whole else 0) if data else (whole, 0)
         try:
-            self.publish_regular(node, target, name, metacopy=not data, size=size, mtime=mtime, st=st)
-            if data:
-                self.reopen_handles(node)
+            with self.exchanging_handles(node, target) if data else contextlib.nullcontext():
+                self.publish_regular(node, target, name, metacopy=not data, size=size, mtime=mtime, st=st)
         except BaseException:
             if name is not None:
                 self._work().discard(name)
@@ -434,7 +432,7 @@ class CopyUp:
         work, tree = self._work(), self.tree
         if self.copy_plain is None or not node.flags & PLAIN or tree.door.is_slow or not work.makes_nameless:
             return -1
-        if data and node.layer in self._unshared:
+        if data and (node.layer in self._unshared or node.handles):  # these need a descriptor of the copy before
             return -1
         to_fd = tree.dirfds.upper(parent)
         self._mark_impure(parent, to_fd)
@@ -454,8 +452,6 @@ class CopyUp:
             node.flags |= META
             tree.data_blocks[node] = blocks
         self._became_upper(node, rino)
-        if data:
-            self.reopen_handles(node)
         return fd
 
     def _complete(self, node: Node, size: int | None) -> None:
@@ -539,7 +535,7 @@ class CopyUp:
     ) -> None:
         """Finish a regular file built in work: metadata, marks, and its place in upper or the index.
 
-        The caller sees to open handles where it has data (`reopen_handles`), and then to `name_indexed`.
+        The caller sees to open handles where it has data (`exchanging_handles`), and then to `name_indexed`.
         *mtime* is when it was written meanwhile, in nanoseconds; 0: it was not. *st* is the lower file's stat result.
         """
         source = self.tree.path(node)
@@ -566,10 +562,9 @@ class CopyUp:
 
     def complete_meta(self, node: Node, target: int) -> None:
         """End the data copy of a metacopy file by taking its mark away."""
-        path = sysio.fd_path(target)
-        os.removexattr(path, self.tree.fmt.metacopy)
+        with self.exchanging_handles(node, target):
+            os.removexattr(sysio.fd_path(target), self.tree.fmt.metacopy)
         self._forget_lower_data(node)
-        self.reopen_handles(node)
         self.notify_changed.append(node)
 
     def replace_meta(self, node: Node, target: int, name: bytes, *, mtime: int) -> None:
@@ -624,16 +619,22 @@ class CopyUp:
         dirfd, name = self.tree.place(node)
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
 
-    def reopen_handles(self, node: Node) -> None:
+    @contextlib.contextmanager
+    def exchanging_handles(self, node: Node, target: int) -> Iterator[None]:
         """Let descriptors that were opened for reading before the copy-up see what is written after it.
 
         Kernel overlayfs looks at each read whether the file was copied up (``ovl_real_fdget``); here the number of
-        the descriptor stays and what is behind it is exchanged.
+        the descriptor stays and what is behind it is exchanged, once the copy *target* has been published in this
+        context. What could fail of that is done before: raises OSError, EMFILE.
         """
-        for fd in node.handles or ():
-            fresh = self.open_upper(node, os.O_RDONLY)
-            os.dup2(fresh, fd, inheritable=False)
-            os.close(fresh)
+        fresh = os.open(sysio.fd_path(target), os.O_RDONLY | os.O_CLOEXEC) if node.handles else -1
+        try:
+            yield
+            for fd in node.handles or ():
+                os.dup2(fresh, fd, inheritable=False)
+        finally:
+            if fresh >= 0:
+                os.close(fresh)
 
     # -- steps --
 

@@ -95,6 +95,22 @@ static PyObject *call_direct(PyObject *handler, const struct fuse_in_header *in)
 }
 
 /*
+ * Call a handler; where it returns NULL, *error is set. An operation that failed for want of a descriptor has done
+ * nothing, so it is tried again if there are some to spare.
+ */
+static PyObject *attempt_direct(PyObject *handler, const struct fuse_in_header *in, int *error)
+{
+	PyObject *result = call_direct(handler, in);
+
+	*error = result ? 0 : errno_of_exception();
+	if (*error == EMFILE && free_idle_readers()) {
+		result = call_direct(handler, in);
+		*error = result ? 0 : errno_of_exception();
+	}
+	return result;
+}
+
+/*
  * Have Python answer the request at once: with the body of the answer, with an errno, with True if the answer comes
  * later, or with None, which leaves the request to pyfuse3. Returns whether it is done with.
  */
@@ -103,16 +119,15 @@ bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 	const struct fuse_in_header *in = buf->mem;
 	PyObject *result;
 	bool answered = true, silent;
+	int error;
 
 	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) || in->opcode >= OPCODES || !direct[in->opcode] ||
 	    in->len < sizeof(*in) || in->len > buf->size)
 		return false;
 	silent = in->opcode == FUSE_FORGET || in->opcode == FUSE_BATCH_FORGET;
 	note_request(buf);
-	result = call_direct(direct[in->opcode], in);
+	result = attempt_direct(direct[in->opcode], in, &error);
 	if (!result) {
-		int error = errno_of_exception();
-
 		if (!silent)
 			reply_raw(se, in->unique, error, NULL, 0);
 	} else if (result == Py_None) {

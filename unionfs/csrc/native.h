@@ -221,6 +221,9 @@ bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf);
 bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf);
 bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf);
 
+/* Close the handles that nobody uses; returns whether there were any. */
+bool free_idle_readers(void);
+
 /* Have Python handle a message of our own making, to which nobody waits for an answer. */
 void tell_directly(const struct fuse_in_header *in);
 

@@ -3,9 +3,9 @@
  *
  * Most opens are for reading files that were read before. Such a file's handle is given to all who open it in the same
  * way at the same time, and kept a while when the last of them has closed it (*idle*). To Python it is one open handle,
- * whose RELEASE comes when it is taken back: because others are idle too, or because a request comes for the file
- * that its open handles have a say in (another kind of open, SETATTR, FORGET). Handles in use are shared no more then
- * (*retired*).
+ * whose RELEASE comes when it is taken back: because others are idle too, because there is no other descriptor left, or
+ * because a request comes for the file that its open handles have a say in (another kind of open, SETATTR, FORGET).
+ * Handles in use are shared no more then (*retired*).
  */
 #include "native.h"
 
@@ -82,6 +82,15 @@ static void retire_reader(fuse_ino_t node)
 		take_back(reader);
 	else if (reader)
 		reader->retired = true;
+}
+
+bool free_idle_readers(void)
+{
+	if (!oldest_idle)
+		return false;
+	while (oldest_idle)
+		take_back(oldest_idle);
+	return true;
 }
 
 static bool opens_to_share(const struct fuse_open_in *in)

@@ -31,8 +31,11 @@ from unionfs.fuse import native
 
 WORTH_BYTES: Final = 128 << 10
 
-_MOST_IDLE: Final = 4096
-"""How many handles of lower files are kept for whoever reads them next (see csrc/readers.c)."""
+_MOST_IDLE: Final = 16384
+"""How many handles of lower files are kept at most for whoever reads them next (see csrc/readers.c).
+
+They have up to a quarter of the descriptors, and are given up when there is no other one left.
+"""
 
 _SUIDGID: Final = stat.S_ISUID | stat.S_ISGID
 _DECIDED: Final = UPPER | META | INDEXED | IMMUTABLE | APPEND_ONLY
@@ -88,7 +91,7 @@ class Handles:
         self._modes = native.IoModes()
         self._mappers: dict[int, set[int]] = {}  # node id → its passed handles that may have written mappings
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        native.keep_idle(min(soft // 16, _MOST_IDLE))
+        native.keep_idle(min(soft // 4, _MOST_IDLE))
 
     def opened(self, node: Node, fd: int, flags: int) -> bool:
         """Decide how a handle is opened, just before the answer to OPEN.

@@ -254,7 +254,7 @@ def _is_regular(fd: int) -> bool:
 
 
 def _point_at_upper(union: Union, node: Node, fd: int) -> None:
-    """Copy-up may have ended before the handles were told; see `CopyUp.reopen_handles`."""
+    """Copy-up may have ended before the handles were told; see `CopyUp.exchanging_handles`."""
     real = union.tree.stat(node)
     if os.path.samestat(real, os.fstat(fd)) or sysio.may_write(fd):
         return
