@@ -286,3 +286,20 @@ def test_who_looks_at_each_entry_gets_attributes_along(long_listing: tuple[Stack
         looked = {entry.name for entry in entries if entry.stat(follow_symlinks=False)}
     assert looked == names
     assert stack.counter("nodes") > len(names)
+
+
+def test_a_long_listing_goes_on_behind_what_was_removed_meanwhile(ours: Stack) -> None:
+    """Also if nothing is left of what the next piece of it would have."""
+    (ours.lower / "d").mkdir()
+    (ours.up / "d").mkdir()
+    for number in range(12_000):
+        os.close(os.open(ours.up / "d" / f"file-{number:05}", os.O_CREAT | os.O_WRONLY))
+    here = ours.mount("timeout=0") / "d"
+    order = os.listdir(here)
+    with os.scandir(here) as entries:
+        listed = [entry.name for entry in itertools.islice(entries, 9000)]
+        for name in order[9000:-1]:
+            os.unlink(here / name)
+        listed += [entry.name for entry in entries]
+    assert listed[:9000] == order[:9000]
+    assert listed[-1] == order[-1]

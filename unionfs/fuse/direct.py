@@ -546,12 +546,13 @@ class Direct:
     def _bare(self, handle: DirHandle, offset: int, room: int) -> list[bytes]:
         parts: list[bytes] = []
         for position, entry in self._union.read_entries(handle, offset):
-            room -= wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7
-            if room < 0:
+            size = wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7
+            if size > room:
                 break
             ino = self._ino_of(handle, entry)
-            if ino:
+            if ino:  # what is gone takes no room: with nothing to show for it the kernel would see the end here
                 parts.append(wire.NO_ENTRY + wire.dirent(ino, position, entry.name, entry.kind))
+                room -= size
         handle.bare, handle.children = len(parts), len(handle.node.children)
         return parts
 
