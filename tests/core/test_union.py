@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,25 @@ def test_a_metadata_change_copies_no_data(tmp_path: Path, open_union: Opener) ->
     assert os.pread(fd, 20000, 0) == b"x" * 10000
     assert not node.flags & META
     union.close_file(fd)
+
+
+def test_without_memory_a_metadata_change_copies_nothing_up(tmp_path: Path, open_union: Opener) -> None:
+    (tmp_path / "l2/d").mkdir()
+    (tmp_path / "l2/d/f").write_bytes(b"x")
+    union = open_union()
+    node = find(union, "d/f")
+    union.inodes.reserve.spend()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), before[1]))
+    try:
+        with pytest.raises(OSError, match="memory"):
+            union.setattr(node, Changes(mode=0o600))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert os.listdir(tmp_path / "upper") == []
+    union.setattr(node, Changes(mode=0o600))
+    assert (tmp_path / "upper/d/f").stat().st_mode & 0o777 == 0o600
 
 
 def test_reading_descriptors_see_what_is_written_after_copy_up(tmp_path: Path, open_union: Opener) -> None:

@@ -320,7 +320,8 @@ class CopyUp:
         Whether it may be changed at all comes out with that step. So nothing is done where its directory would have to
         be copied up before.
 
-        Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises OSError.
+        Returns a descriptor of the copy, for the caller to use and close; -1: nothing was done. Raises as `node` does,
+        but not DataCopyPending.
         """
         lower = node.flags & (PLAIN | UPPER | UNLINKED) == PLAIN and node.fmt == stat.S_IFREG
         if not lower or self.tree.work is None or node.job is not None:
@@ -328,6 +329,7 @@ class CopyUp:
         parent = node.parent
         if parent is None or parent.stack[0] != 0:
             return -1
+        self.tree.inodes.reserve.before_change()
         return self._copy_plain(node, parent, data=not self.metacopy)
 
     def alias(self, node: Node, parent: Dir, name: bytes) -> None:
