@@ -25,6 +25,7 @@ from tests.support.mounts import Stack, wait_gone
 OLD, NEW = b"o" * 800, b"n" * 200
 BIG_BYTES = 20 << 20  # enough for its data to follow
 HOLE_BYTES = 50_000
+CUT_BYTES = 500
 
 
 @contextmanager
@@ -72,6 +73,26 @@ def to_nothing(path: Path) -> None:
     os.close(fd)
 
 
+def to_nothing_after_chmod(path: Path) -> None:
+    path.chmod(0o644)
+    to_nothing(path)
+
+
+def anew_after_chmod(path: Path) -> None:
+    path.chmod(0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    assert os.pwrite(fd, NEW, 300) == len(NEW)
+    os.fdatasync(fd)
+    os.close(fd)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, CUT_BYTES)
+    fd = os.open(path, os.O_WRONLY)
+    os.fdatasync(fd)
+    os.close(fd)
+
+
 def chmod(path: Path) -> None:
     path.chmod(0o600)
     fd = os.open(path, os.O_RDONLY)
@@ -96,6 +117,10 @@ def is_empty(path: Path) -> bool:
     return path.stat().st_size == 0
 
 
+def is_cut(path: Path) -> bool:
+    return path.read_bytes() == OLD[:CUT_BYTES]
+
+
 def is_private(path: Path) -> bool:
     return stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -112,6 +137,9 @@ WAYS: dict[str, Way] = {
     "hard link": (fdatasync, is_new),
     "in a lower directory/file": (fdatasync, is_new),
     "truncate": (to_nothing, is_empty),
+    "chmod, truncate": (to_nothing_after_chmod, is_empty),
+    "chmod, truncate, write": (anew_after_chmod, is_new),
+    "cut": (cut, is_cut),
     "chmod": (chmod, is_private),
     "fchmod": (fchmod, is_private),
 }
@@ -144,9 +172,9 @@ def record(made: Ground, union: Stack, directory: Path) -> dict[str, int]:
     return behind
 
 
-@pytest.mark.parametrize("options", ["", "native=off"])
-def test_what_is_confirmed_is_there_after_a_power_cut(ground: Path, options: str) -> None:
-    made = Ground(ground, "ext4")
+@pytest.mark.parametrize(("kind", "options"), [("ext4", ""), ("ext4", "native=off"), ("xfs", ""), ("btrfs", "")])
+def test_what_is_confirmed_is_there_after_a_power_cut(ground: Path, kind: str, options: str) -> None:
+    made = Ground(ground, kind)
     layers = [made.mounted / name for name in ("lower", "upper", "work")]
     union = Stack("union", ground, layers[:1], layers[1], layers[2], ground / "mnt", options=options)
     for name in ("recorded", "mnt"):
