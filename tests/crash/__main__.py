@@ -6,6 +6,8 @@ again and again, and the daemon is killed before one of these calls, another one
 turns, at a random moment; sometimes the daemon of the next mount is killed, too, while it clears up. Or the call fails
 with ENOSPC, EDQUOT, EIO or EROFS, and the daemon has to cope with that.
 
+In the mode `auto-restart` another daemon takes over, and whoever works there must not notice.
+
 After each of them (`trial`) every file must be wholly old or wholly new. All that was finished is there, what was under
 way is there or not. Nothing half-made shows or is left over, kernel overlayfs sees the same in the layers as the union
 does, and the work can go on where it was ended.
@@ -35,8 +37,12 @@ from tests.crash.trial import Outcome, Strike, Trial, Wrong
 from tests.crash.workload import CHAPTERS
 from tests.support.filesystems import FS_KINDS, file_system
 from tests.support.losses import report
+from tests.support.mounts import AUTO_RESTART, can_restart
 
-MODES: Final = ("default", "passthrough=off", "native=off", "metacopy=off", "whiteout=xattr")
+MODES: Final = (
+    *("default", "passthrough=off", "native=off", "metacopy=off", "whiteout=xattr"),
+    *((AUTO_RESTART,) if can_restart() else ()),
+)
 KINDS: Final = ("calls", "moments", "faults")
 FAULTS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _REMOUNT_CALLS: Final = 12
@@ -162,7 +168,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make crash", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="how long (default: 5); at least a round")
     parser.add_argument("--all", action="store_true", help="until every call has been struck at, however long")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), help="mount options, or `default`; default: several")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), help="mount options, `default`, `auto-restart`; default: all"
+    )
     parser.add_argument("--chapters", nargs="+", choices=list(CHAPTERS), default=list(CHAPTERS), help="default: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is done; default: all")
     parser.add_argument("--before", default="", help="only calls whose text matches this regular expression")

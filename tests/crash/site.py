@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.crash.workload import CHAPTERS, LOWER_TIME, Hand, Step, build_lowers
-from tests.support.mounts import Stack, environment
+from tests.support.mounts import AUTO_RESTART, MANY_CRASHES, Stack, environment
 from tests.support.snapshot import Entry, Snapshot, snapshot
 
 _RECENT = (LOWER_TIME + 1_000_000) * 1_000_000_000
@@ -73,7 +73,8 @@ class Site:
             directory.mkdir()
 
     def union(self, chapter: str, options: str) -> Stack:
-        """Ours over the layers."""
+        """Ours over the layers, without a supervisor."""
+        options = mount_options(options)
         return Stack("union", self.base, self.lowers(chapter), self.upper, self.work, self.mnt, options=options)
 
     def overlay(self, chapter: str, options: str) -> Stack:
@@ -88,11 +89,13 @@ class Site:
         words = [sys.executable, "-m", "unionfs", "mount", "--log-file", str(self.base / f"killed-{self.logs}.log")]
         lowers = ":".join(map(str, self.lowers(chapter)))
         layers = ["--work", str(self.work), lowers, str(self.upper), str(self.mnt)]
+        words += ["--auto-restart"] if restarts(options) else []
+        options = mount_options(options)
         return [*words, *(["-o", options] if options else []), *layers]
 
     def environment(self) -> dict[str, str]:
         """The environment of that command: it changes nothing but what it must."""
-        return environment() | {"PYTHONDONTWRITEBYTECODE": "1"}
+        return environment() | MANY_CRASHES | {"PYTHONDONTWRITEBYTECODE": "1"}
 
     def lowers_changed(self) -> bool:
         """Whether anything in the lower layers is not what it was."""
@@ -123,6 +126,16 @@ class Site:
         hand.close_all()
         shutil.rmtree(plain)
         return states
+
+
+def restarts(mode: str) -> bool:
+    """Whether another daemon takes over in this mode."""
+    return AUTO_RESTART in mode.split(",")
+
+
+def mount_options(mode: str) -> str:
+    """The mount options of a mode."""
+    return ",".join(word for word in mode.split(",") if word != AUTO_RESTART)
 
 
 def seen(root: Path) -> Snapshot:

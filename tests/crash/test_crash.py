@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.crash.site import State, fits, layer_faults, touched
+from tests.crash.workload import CHAPTERS
 from tests.support.cli import Said
-from tests.support.mounts import environment
+from tests.support.mounts import can_restart, environment
 from tests.support.people import REPOSITORY
 from tests.support.snapshot import snapshot
 
@@ -42,7 +43,14 @@ def test_a_round(ground: Path) -> None:
     """Each chapter as it is, with a kill, and with a fault."""
     found = crash(ground, "--minutes", "0", "--modes", "default", "--kinds", "calls", "faults")["modes"]["default"]
     assert found["calls"] > 800
-    assert found["kills"] >= found["killed before"] == found["faults"] == 8
+    assert found["kills"] >= found["killed before"] == found["faults"] == len(CHAPTERS)
+
+
+@pytest.mark.skipif(not can_restart(), reason="refused on this kernel")
+def test_nobody_notices_where_another_takes_over(ground: Path) -> None:
+    words = ("--minutes", "0", "--modes", "auto-restart", "--chapters", "plain", "--kinds", "calls", "moments")
+    found = crash(ground, *words)["modes"]["auto-restart"]
+    assert found["kills"] >= found["killed before"] == 1
 
 
 @pytest.mark.fault_seconds(SECONDS)

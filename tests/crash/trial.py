@@ -4,6 +4,8 @@ After a kill the dead mount is detached and the union mounted anew, which must s
 point that it had reached. Then the rest of the chapter is done and the last state must come out: either in that mount,
 and kernel overlayfs must show the same afterwards, or by kernel overlayfs, which must have shown the same before.
 
+With `--auto-restart` nobody may notice a kill: each step is done, and the chapter comes to its end.
+
 After a fault: the step that met it fails with its error and has changed nothing, or is done in spite of it. The mount
 goes on: the step is tried again, and the chapter comes to its end.
 """
@@ -24,15 +26,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from tests.crash.gate import Gate, Warden, start
-from tests.crash.site import Site, fits, half_written, layer_faults, leftovers, seen, touched
+from tests.crash.site import Site, fits, half_written, layer_faults, leftovers, restarts, seen, touched
 from tests.crash.workload import CHAPTERS, Hand, reopen, work
 from tests.support import raw
-from tests.support.mounts import BAD_LOG, MountRefused, daemons, mounted_below, wait_gone
+from tests.support.mounts import BAD_LOG, MountRefused, daemons, mounted_below, parent_of, supervised, wait_gone
 from tests.support.snapshot import Snapshot, differences
 
 SECONDS = 60.0
 """How long anything may take."""
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+LEAST_SECONDS = 0.3
+"""Between two kills of daemons that take over."""
 
 
 class Wrong(Exception):
@@ -45,7 +49,8 @@ class Strike:
 
     Attributes:
         at: before which of its changing system calls, from 1 on; 0: at none.
-        after: how many seconds after the work has begun, where `at` is 0; negative: never.
+        after: how many seconds after the work has begun, where `at` is 0; negative: never. Who takes over is killed so many
+            seconds later.
         fault: the error that the call gets; 0: the daemon is killed.
         remount_at: before which call the daemon of the mount that follows is killed, too; 0: at none.
         rest_by_overlay: whether kernel overlayfs does what remains to be done.
@@ -109,6 +114,7 @@ class Trial:
         self.site, self.chapter, self.options, self.strike = site, chapter, options, strike
         self.steps = CHAPTERS[chapter]
         self.states = site.states(chapter)
+        self.restarts = restarts(options)
         self.outcome = Outcome()
         self._progress = _Progress()
         self._warden = Warden(None, -1)
@@ -119,7 +125,7 @@ class Trial:
         self.site.renew()
         try:
             self._mount_and_work()
-            if self.outcome.kills:
+            if self._is_dead():
                 self._check_after_kill()
             else:
                 self._check_after_end()
@@ -159,15 +165,16 @@ class Trial:
         try:
             self._work(daemon)
             self.outcome.calls = self._warden.calls
-            if not self._is_killed():
+            if not self._is_dead():
                 self._unmount(daemon)
         finally:
             os.close(daemon)
 
-    def _is_killed(self) -> bool:
+    def _is_dead(self) -> bool:
+        """Count a kill, and tell whether the mount is dead."""
         if self._warden.struck and not self.strike.fault:
             self.outcome.kills = max(1, self.outcome.kills)
-        return self.outcome.kills > 0
+        return self.outcome.kills > 0 and not self.restarts
 
     def _mount(self, strike: Strike) -> int:
         """Mount and return a pidfd of the daemon; -1 if it was killed while it started, or could not for a fault."""
@@ -182,7 +189,7 @@ class Trial:
             said.seek(0)
             message = said.read().decode()
         self.outcome.calls = self._warden.calls
-        if process.returncode or (self._warden.struck and not strike.fault):
+        if process.returncode or (self._warden.struck and not strike.fault and not self.restarts):
             return self._not_mounted(message)
         return os.pidfd_open(self._daemon())
 
@@ -197,7 +204,7 @@ class Trial:
             process.wait()
 
     def _not_mounted(self, message: str) -> int:
-        self._is_killed()
+        self._is_dead()
         if not self._warden.struck:
             self._wrong(f"not mounted: {message}")
         if message and (len(message.splitlines()) != 1 or "Traceback" in message):
@@ -210,7 +217,9 @@ class Trial:
         return self.site.mnt in mounted_below(self.site.base)
 
     def _daemon(self) -> int:
+        """The daemon, or its supervisor."""
         found = daemons(self.site.mnt)
+        found = {pid: line for pid, line in found.items() if parent_of(pid) not in found}
         if len(found) != 1:
             self._wrong(f"not one daemon: {found}")
         return next(iter(found))
@@ -243,9 +252,8 @@ class Trial:
             if not ready and time.monotonic() >= end:
                 self._wrong("hangs")
             if not ready:
-                signal.pidfd_send_signal(daemon, signal.SIGKILL)
-                self.outcome.kills = 1
-                strike_at = end
+                self._kill(daemon)
+                strike_at = time.monotonic() + max(self.strike.after, LEAST_SECONDS) if self.restarts else end
                 continue
             data = os.read(reader, 1 << 16)
             if not data:
@@ -253,6 +261,16 @@ class Trial:
             self._progress.read(data)
             if self._progress.error:
                 self._step_failed(orders)
+
+    def _kill(self, daemon: int) -> None:
+        """Kill the daemon; of one with a supervisor who serves now, if anybody does."""
+        if not self.restarts:
+            signal.pidfd_send_signal(daemon, signal.SIGKILL)
+            self.outcome.kills = 1
+            return
+        for pid in supervised(self.site.mnt):
+            os.kill(pid, signal.SIGKILL)
+            self.outcome.kills += 1
 
     def _step_failed(self, orders: int) -> None:
         error, self._progress.error = self._progress.error, 0
@@ -266,7 +284,7 @@ class Trial:
             self._must_be(self._view(), finished, finished, "after the fault", under_way=True)
             os.write(orders, b"t")
             return
-        if error not in DEAD or not self._is_killed():
+        if error not in DEAD or not self._is_dead():
             self._wrong(f"the step fails with {errno.errorcode.get(error, error)}")
         os.write(orders, b"e")
 
@@ -301,7 +319,7 @@ class Trial:
             self._warden.attend(seconds=0.02)
         if not self._warden.attend(daemon, seconds=SECONDS):
             self._wrong("the daemon does not end")
-        self._is_killed()
+        self._is_dead()
 
     # -- what is left --
 

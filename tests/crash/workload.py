@@ -44,7 +44,7 @@ LOWER1: Tree = {
     "gone": {"x": b"x", "y": b"y", "in": {"z": b"z"}},
     "links": {"l1": content("l", 4000), "l2": HardLink("links/l1"), "l3": HardLink("links/l1"), "m1": b"m"},
     "more": {"m2": HardLink("links/m1")},
-    "odd": {"link": Symlink("../plain/a"), "fifo": FIFO},
+    "odd": {"link": Symlink("../plain/a"), "fifo": FIFO, "suid": File(content("suid", 600), mode=0o4755)},
     "attrs": {"f": File(b"f", xattrs={"user.one": b"1", "user.two": b"2"}), "d": {"inside": b"inside"}},
     "open": {"his": File(b"his", uid=ALICE, gid=ALICE), "other": b"other"},
 }
@@ -53,6 +53,8 @@ BIG: Tree = {
     "huge": File(content("huge", BIG_BYTES)),
     "large": File(content("large", 18 << 20), mode=0o640),
     "long": File(content("long", 17 << 20)),
+    "middle": File(content("middle", 5 << 20)),
+    "cut": File(content("cut", 6 << 20)),
 }
 
 
@@ -160,6 +162,12 @@ class Script:
 
     def create(self, path: str, size: int) -> None:
         self.put(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, content(path, size))
+
+    def futime(self, path: str, seconds: int) -> None:
+        self.do(f"utime of the open {path}", lambda hand: os.utime(hand.fds[path], (seconds, seconds)))
+
+    def fchmod(self, path: str, mode: int) -> None:
+        self.do(f"chmod of the open {path}", lambda hand: os.fchmod(hand.fds[path], mode))
 
     # -- names and attributes --
 
@@ -313,6 +321,37 @@ def _attributes() -> Script:
     return s
 
 
+def _plain() -> Script:
+    """Lower files about which nothing is special: metadata that is copied in one step, and what becomes of such copies."""
+    s = Script()
+    s.chown("tree/sub/deep", ALICE, STAFF)
+    s.chown("odd/suid", ALICE, STAFF)
+    s.utime("plain/a", LOWER_TIME + 79)
+    s.open("plain/top", os.O_RDONLY)
+    s.futime("plain/top", LOWER_TIME + 80)
+    s.fsync("plain/top")
+    s.close("plain/top")
+    s.open("tree/two", os.O_RDONLY)
+    s.fchmod("tree/two", 0o600)
+    s.fdatasync("tree/two")
+    s.close("tree/two")
+    s.rename("plain/e", "plain/moved")
+    s.link("tree/one", "tree/also")
+    s.chmod("attrs/d/inside", 0)
+    s.truncate("plain/d", 20_000)
+    s.chown("plain/d", ALICE, STAFF)
+    s.truncate("plain/c", 100)
+    s.open("plain/a", os.O_WRONLY | os.O_TRUNC)
+    s.write("plain/a", content("after", 700))
+    s.fdatasync("plain/a")
+    s.close("plain/a")
+    s.put("plain/top", os.O_WRONLY | os.O_APPEND, content("behind", 700), completes=True)
+    s.put("tree/also", os.O_WRONLY, b"linked", 3, completes=True)
+    s.chmod("plain/moved", 0o600)
+    s.unlink("tree/two")
+    return s
+
+
 def _remove() -> Script:
     """Whiteouts, and what is made over them."""
     s = Script()
@@ -429,6 +468,12 @@ def _big() -> Script:
     s.write("long", content("middle", 5000), 9 << 20)
     s.close("long")
     s.rename("long", "longer", settles="long")
+    # Too small for that, and too big to be copied while others wait.
+    s.open("middle", os.O_WRONLY | os.O_APPEND)
+    s.write("middle", content("end", 3000))
+    s.fsync("middle")
+    s.close("middle")
+    s.truncate("cut", 5 << 20)
     return s
 
 
@@ -436,6 +481,7 @@ CHAPTERS: dict[str, list[Step]] = {
     "create": _create().steps,
     "overwrite": _overwrite().steps,
     "attributes": _attributes().steps,
+    "plain": _plain().steps,
     "remove": _remove().steps,
     "rename": _rename().steps,
     "exchange": _exchange().steps,

@@ -24,14 +24,12 @@ import pytest
 from tests.mount.test_rootless import NAMESPACES, as_ordinary_user
 from tests.support import raw, stepwise
 from tests.support.cli import unionfs
-from tests.support.mounts import Stack, daemons, environment, parent_of, wait_gone
+from tests.support.mounts import Stack, can_restart, daemons, environment, parent_of, wait_gone
 from tests.support.snapshot import assert_same, snapshot
 
 pytestmark = [
     pytest.mark.expected_log("another one takes over"),
-    pytest.mark.skipif(
-        tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9), reason="refused here, see test_restart_refused.py"
-    ),
+    pytest.mark.skipif(not can_restart(), reason="refused here, see test_restart_refused.py"),
 ]
 
 BIG = 20 << 20

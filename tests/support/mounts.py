@@ -31,6 +31,10 @@ USERXATTR_DEFAULTS = {"userxattr": "", "index": "off", "xino": "on"}
 MOUNT_SECONDS = 60
 BUSY_SECONDS = 5
 END_SECONDS = 60
+AUTO_RESTART = "auto-restart"
+"""Among the modes of long runs: `--auto-restart`, which is no mount option."""
+MANY_CRASHES = {"UNIONFS_MOST_CRASHES": "1000"}
+"""The environment of a supervisor that does not give up."""
 BAD_LOG = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|^\w*(Error|Exception):")
 
 
@@ -73,6 +77,17 @@ def parent_of(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError):
         return 0
+
+
+def can_restart() -> bool:
+    """Whether this kernel asks again what a daemon had not answered (Linux 6.9)."""
+    return tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 9)
+
+
+def supervised(base: Path) -> list[int]:
+    """The daemon that serves under a supervisor, as `daemons`; none just after it has died."""
+    found = daemons(base)
+    return [pid for pid in found if parent_of(pid) in found]
 
 
 def wait_gone(pid: int, seconds: float = 20) -> bool:
