@@ -2,7 +2,8 @@
 
 A round is one mount, in another mode each time. In it the same load is put on several times: some of stress-ng's file
 system stressors (others each time), dbench, fio with checksums, and our own clients (`tests.support.clients`): some that do the same on
-a plain directory, the shadow, some that fight for the same names, some that move the same files about. After each load
+a plain directory, the shadow, some that fight for the same names, some that move the same files about, some that list many.
+In the mode `auto-restart` the daemon is killed now and then, which nobody may notice. After each load
 
 - all of them must have ended well, what our clients left must be what the shadow has, and no file may be lost,
 - the kernel forgets what it knows of the mount, no request may be left unanswered, and the daemon's memory and descriptors
@@ -29,19 +30,32 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.support import raw
-from tests.support.clients import DIRECTORIES
+from tests.support.clients import DIRECTORIES, KEPT, kept
 from tests.support.filesystems import FS_KINDS, file_system, have_own_mounts
 from tests.support.layers import Tree, build
-from tests.support.mounts import MountRefused, Stack, daemons, environment, wait_gone
+from tests.support.mounts import (
+    AUTO_RESTART,
+    MANY_CRASHES,
+    MountRefused,
+    Stack,
+    can_restart,
+    daemons,
+    environment,
+    supervised,
+    wait_gone,
+)
+from tests.support.repeating import repeating
 from tests.support.snapshot import differences, snapshot
 
-MODES = ("default", "passthrough=off", "native=off")
+MODES = ("default", "passthrough=off", "native=off", *((AUTO_RESTART,) if can_restart() else ()))
+CLIENTS = ("twins", "storm", "races", "listings")
 PROGRAMS = ("stress-ng", "dbench", "fio")
 STRESSORS = (
     *(
@@ -78,6 +92,7 @@ STRESSORS = (
 AT_A_TIME = 4
 LATE_SECONDS = 120.0
 SETTLE_SECONDS = 30.0
+KILL_SECONDS = 5.0
 MEMORY_SLACK = 12 << 20
 """Bytes of memory that a load may leave behind; the allocator's, not ours."""
 DESCRIPTOR_SLACK = 24
@@ -97,6 +112,7 @@ class Load:
         mode: of the mount.
         seconds: how long it took.
         turns: of our clients.
+        kills: of daemons under it.
         memory: of the daemon, anonymous and resident, in bytes.
         descriptors: that the daemon has.
         peak: what was resident at most since the mount, in bytes.
@@ -105,6 +121,7 @@ class Load:
     mode: str
     seconds: float = 0.0
     turns: int = 0
+    kills: int = 0
     memory: int = 0
     descriptors: int = 0
     peak: int = 0
@@ -116,6 +133,7 @@ class Site:
     def __init__(self, base: Path, ground: Path, seed: int) -> None:
         self.base, self.shadow = base, ground / "shadow"
         self.stack = Stack.make("union", ground / "s")
+        self.stack.expected_log.append("another one takes over")
         self.chance = random.Random(seed)
         lower = self.stack.lower
         self.tokens = sorted(b"token %d %d" % (at // 10 % DIRECTORIES, at) for at in range(10 * DIRECTORIES))
@@ -123,6 +141,7 @@ class Site:
             build(lower / "storm" / f"dir{at % DIRECTORIES}", {f"f{at}": token})
         for number in range(2):
             build(lower / "twins" / f"home{number}", TREE)
+        build(lower / "listings", {kept(number): str(number).encode() for number in range(KEPT)})
         for name in ("races", "dbench", "fio", "stress"):
             (lower / name).mkdir()
         for name in ("big", "small"):
@@ -149,7 +168,15 @@ class Site:
             "twins": [*clients, "subtrees", "2", str(seconds), seed, str(root / "twins"), str(self.shadow)],
             "storm": [*clients, "storm", "2", str(seconds), seed, str(root / "storm")],
             "races": [*clients, "races", "2", str(seconds), seed, str(root / "races")],
+            "listings": [*clients, "listings", "2", str(seconds), seed, str(root / "listings")],
         }
+
+    def kill(self, load: Load) -> None:
+        """Kill the daemon that serves, if one does; its supervisor starts the next one."""
+        for pid in supervised(self.stack.mnt):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                load.kills += 1
 
     def run_load(self, load: Load, seconds: float) -> None:
         """Put the load on, and look whether all went well. Raises Wrong."""
@@ -168,7 +195,7 @@ class Site:
                 text = _said(process)
                 if status not in ((0, 3, 4) if name.startswith("stress-ng") else (0,)):
                     raise Wrong(f"{name}: exit {status}: {_last_lines(text)}")
-                load.turns += int(text.split()[-1]) if name in ("twins", "storm", "races") else 0
+                load.turns += int(text.split()[-1]) if name in CLIENTS else 0
         load.seconds = time.monotonic() - began
 
     # -- looking --
@@ -183,7 +210,7 @@ class Site:
 
     def settle(self, load: Load) -> None:
         """Let the kernel forget, and see how the daemon is then. Raises Wrong."""
-        daemon, mnt = self.stack.daemon(), self.stack.mnt
+        daemon, mnt = next(iter(supervised(self.stack.mnt)), self.stack.daemon()), self.stack.mnt
         shutil.rmtree(mnt / "stress", ignore_errors=True)
         (mnt / "stress").mkdir(exist_ok=True)
         end = time.monotonic() + SETTLE_SECONDS
@@ -310,11 +337,14 @@ def rounds(site: Site, options: argparse.Namespace) -> Iterator[Load]:
     while number < 1 or time.monotonic() < end:
         mode = options.modes[number % len(options.modes)]
         number += 1
-        site.stack.mount("" if mode == "default" else mode)
+        restarts = mode == AUTO_RESTART
+        words = ["--auto-restart"] if restarts else []
+        site.stack.mount("" if mode in ("default", AUTO_RESTART) else mode, extra=words)
         first: Load | None = None
         for _ in range(options.loads):
             load = Load(mode)
-            site.run_load(load, options.seconds)
+            with repeating(partial(site.kill, load), KILL_SECONDS) if restarts else contextlib.nullcontext():
+                site.run_load(load, options.seconds)
             site.settle(load)
             site.check(site.stack.mnt)
             first = first or load
@@ -343,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("soak: it mounts file systems and drops caches: run it as root")
         return 2
     os.umask(0o022)
+    os.environ.update(MANY_CRASHES)
     have_own_mounts()
     loads: list[Load] = []
     wrong = ""
@@ -372,7 +403,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0, help="how long (default: 20); at least a round")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long a load lasts (default: 30)")
     parser.add_argument("--loads", type=int, default=4, help="how many loads a round has (default: 4)")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), help="mount options, or `default`; default: several")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), help="mount options, `default`, `auto-restart`; default: all"
+    )
     parser.add_argument("--fs", choices=FS_KINDS, default="ext4", help="the layers' file system (default: ext4)")
     parser.add_argument("--dir", default="/var/tmp", help="where it lies; 2 GiB free (default: /var/tmp)")
     parser.add_argument("--seed", type=int, default=None, help="for the same choices once more")
@@ -385,11 +418,11 @@ def _report(loads: Sequence[Load], wrong: str, *, as_json: bool) -> None:
         print(json.dumps({"loads": [asdict(load) for load in loads], "wrong": wrong}, indent=2))
         return
     table = Table(title="Everything at once")
-    for heading in ("mode", "seconds", "clients' turns", "MiB after it", "descriptors", "MiB at most"):
+    for heading in ("mode", "seconds", "clients' turns", "kills", "MiB after it", "descriptors", "MiB at most"):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for load in loads:
         sizes = (f"{load.memory / MIB:.1f}", str(load.descriptors), f"{load.peak / MIB:.1f}")
-        table.add_row(load.mode, f"{load.seconds:.0f}", str(load.turns), *sizes)
+        table.add_row(load.mode, f"{load.seconds:.0f}", str(load.turns), str(load.kills), *sizes)
     console = Console()
     console.print(table)
     total = sum(load.seconds for load in loads) / 60

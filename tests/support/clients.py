@@ -7,6 +7,8 @@ not be says so, and the whole ends with that and status 1. What they do:
   which must end alike;
 - `storm`: all rename files and directories between the same few directories, `dir<N>`; a file holds its own first name;
 - `races`: all create, write, read and remove the same few names; a file holds one record, of one writer;
+- `listings`: all list one directory, with more names than the kernel gets attributes with, and make, move and remove names of
+  their own there; what nobody touches meanwhile is listed, once;
 - `copy-up`: all open the one file `shared` for writing, once, and write a record at their own place.
 """
 
@@ -28,6 +30,10 @@ RECORD = 4096
 RACED = 5
 """How many names the clients of `races` share."""
 DIRECTORIES = 4
+KEPT = 9000
+"""How many names of the directory of `listings` always stay; the file of each number holds it."""
+OWN = 300
+"""How many more each client has there at most."""
 
 
 def outcome(act: Callable[[], object]) -> object:
@@ -160,6 +166,66 @@ class Racer:
             os.close(fd)
 
 
+def kept(number: int) -> str:
+    """The name of a file that stays in the directory of `listings`."""
+    return f"kept-{number}"
+
+
+class Lister:
+    """A client that lists a directory while others change it, too."""
+
+    def __init__(self, root: Path, number: int, chance: random.Random) -> None:
+        self.root, self.chance = root, chance
+        self.prefix = f"own{number}-"
+        self.own = {name for name in os.listdir(root) if name.startswith(self.prefix)}
+
+    def turn(self) -> None:
+        """Change something, list all, and look at some."""
+        for _ in range(10):
+            self._change()
+        before, touched = set(self.own), set[str]()
+        looks = self.chance.random() < 0.5
+        names: list[str] = []
+        with os.scandir(self.root) as entries:
+            for at, entry in enumerate(entries):
+                names.append(entry.name)
+                if at % 1000 == 500:
+                    touched |= self._change()
+                if looks and at % 2:
+                    self._look_at(entry)
+        assert len(names) == len(set(names)), "a name is listed twice"
+        stayed = {name for name in names if name.startswith("kept-")}
+        assert stayed == {kept(at) for at in range(KEPT)}, f"{KEPT - len(stayed)} names are missing"
+        mine = {name for name in names if name.startswith(self.prefix)}
+        assert mine - touched == before - touched, (mine - touched) ^ (before - touched)
+
+    def _look_at(self, entry: os.DirEntry[str]) -> None:
+        size = outcome(lambda: entry.stat(follow_symlinks=False).st_size)
+        if entry.name.startswith("kept-"):
+            assert size == len(entry.name.removeprefix("kept-")), f"{entry.name}: {size}"
+        else:
+            assert size in (0, "ENOENT"), f"{entry.name}: {size}"
+
+    def _change(self) -> set[str]:
+        """Change something; return the names that came or went."""
+        kind, name = self.chance.random(), f"{self.prefix}{self.chance.randrange(10**12)}"
+        if kind < 0.1:
+            os.chmod(self.root / kept(self.chance.randrange(KEPT)), self.chance.choice([0o600, 0o644]))
+            return set()
+        if not self.own or (kind < 0.4 and len(self.own) < OWN):
+            os.close(os.open(self.root / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            self.own.add(name)
+            return {name}
+        old = self.chance.choice(sorted(self.own))
+        self.own.remove(old)
+        if kind < 0.7:
+            os.unlink(self.root / old)
+            return {old}
+        os.rename(self.root / old, self.root / name)
+        self.own.add(name)
+        return {old, name}
+
+
 def write_record(root: Path, number: int) -> None:
     """What each client of `copy-up` does."""
     fd = os.open(root / "shared", os.O_RDWR)
@@ -181,6 +247,7 @@ def work(what: str, roots: list[Path], number: int, seconds: float, seed: int) -
         "subtrees": lambda: Twin(roots, number, chance).turn,
         "storm": lambda: Stormer(roots[0], chance).turn,
         "races": lambda: Racer(roots[0], number, chance).turn,
+        "listings": lambda: Lister(roots[0], number, chance).turn,
     }
     turn = makers[what]()
     end = time.monotonic() + seconds
