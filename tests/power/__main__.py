@@ -77,6 +77,16 @@ class Recording:
     begun: list[int] = field(default_factory=list)
     confirmed: list[tuple[int, int, str]] = field(default_factory=list)
 
+    def confirmed_at(self, position: int) -> list[tuple[int, str]]:
+        """How many steps were done for sure, and whose data is, each time, when the log was so long."""
+        return [(steps, path) for grown, steps, path in self.confirmed if grown <= position]
+
+    def between(self, position: int) -> tuple[int, int]:
+        """How many steps were done for sure when the log was so long, and how many may have been."""
+        first = max((steps for steps, _ in self.confirmed_at(position)), default=0)
+        # A step that had nothing to write has begun and ended where the one before it had.
+        return first, max(first, sum(begun < position for begun in self.begun))
+
 
 class Ground:
     """The place where the disk's file system, of one kind, is mounted with some options, and images of it."""
@@ -232,9 +242,8 @@ class Look:
         self.site, self.ground, self.chapter, self.words = of.site, of.ground, chapter, words
         self.steps, self.states = CHAPTERS[chapter], of.site.states(chapter)
         position = writes[cut.after - 1].end if cut.after else 0
-        self.confirmed = [(steps, path) for grown, steps, path in recording.confirmed if grown <= position]
-        self.first = max((steps for steps, _ in self.confirmed), default=0)
-        self.last = sum(begun < position for begun in recording.begun)
+        self.confirmed = recording.confirmed_at(position)
+        self.first, self.last = recording.between(position)
         self.dirty = self._dirty()
 
     def _dirty(self) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from tests.power.__main__ import Recording
 from tests.power.cuts import GRAIN, SECTOR, Cut, Replay, Write, choose, may_hold, read_log
 from tests.support.disks import FLUSH, RECORD
 
@@ -54,3 +55,11 @@ def test_what_a_file_that_is_not_synced_may_hold() -> None:
     for found in (torn, old + b"x" * 200, old + bytes(199) + b"x", bytes(GRAIN) + old[GRAIN:], new + b"n"):
         assert not may_hold(found, [old, new])
     assert may_hold(bytes(size), [b"", new])
+
+
+def test_which_steps_a_cut_lies_between() -> None:
+    # The third step, an fsync, finds all synced.
+    recording = Recording(begun=[10, 30, 60, 60], confirmed=[(50, 1, ""), (60, 2, ""), (60, 3, "file")])
+    assert [recording.between(position) for position in (10, 30, 40, 50, 60, 70)] == [
+        *((0, 0), (0, 1), (0, 2), (1, 2), (3, 3), (3, 4))
+    ]
