@@ -11,7 +11,7 @@ from unionfs.idmap import IdMap
 
 
 class Changes(NamedTuple):
-    """What `Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds.
+    """What `Union.setattr` is to change; None leaves a thing as it is. Times are in nanoseconds, or `sysio.NOW`.
 
     *touched* says that both times are to be now, which takes other rights than setting them.
     """

@@ -88,6 +88,9 @@ RENAME_WHITEOUT: Final = 4
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
 
+NOW: Final = 1 << 80
+"""In place of a time in nanoseconds: what the clock of the file system says when it is set."""
+
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
 AT_EMPTY_PATH: Final = 0x1000
@@ -358,12 +361,14 @@ _utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_
 def _timespec(ns: int | None) -> _Timespec:
     if ns is None:
         return _Timespec(0, UTIME_OMIT)
+    if ns == NOW:
+        return _Timespec(0, UTIME_NOW)
     return _Timespec(ns // 1_000_000_000, ns % 1_000_000_000)
 
 
 def utimens_at(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False) -> None:
-    """Set times in nanoseconds; None leaves one as it is. A symbolic link itself is changed unless *follow*."""
-    if atime_ns is not None and mtime_ns is not None:
+    """Set times in nanoseconds or `NOW`; None leaves one as it is. A symbolic link itself changes unless *follow*."""
+    if atime_ns is not None and mtime_ns is not None and NOW not in (atime_ns, mtime_ns):
         where = None if dirfd == AT_FDCWD else dirfd
         os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=where, follow_symlinks=follow)
         return

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from unionfs.core import sysio
 from unionfs.core.caller import Caller, caller
 from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopyPending
@@ -648,7 +649,11 @@ def _unblocked(handler: Handler) -> Handler:
 
 
 def _time(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
-    """Return a time to set in nanoseconds, None where it is not to be set."""
+    """Return a time to set in nanoseconds or `NOW`, None where it is not to be set.
+
+    Now is by the clock that upper's file system gives other files their times by: it goes in steps of some
+    milliseconds, and by another one a file that was touched were newer than what is written after it.
+    """
     if valid & now:
-        return time.time_ns()
+        return sysio.NOW
     return seconds * 1_000_000_000 + nanoseconds if valid & given else None

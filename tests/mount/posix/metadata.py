@@ -83,6 +83,19 @@ def utime_now(d: Path) -> None:
     assert before - 1 <= (d / "f").stat().st_mtime <= time.time() + 1
 
 
+@behaviour({"f": TEXT})
+def what_is_touched_keeps_its_place_in_time(d: Path) -> None:
+    """What make(1) goes by: a file is not older than one that was touched before it, and touching makes it newest."""
+    for number in range(20):
+        (d / f"earlier{number}").write_bytes(b"")
+        os.utime(d / "f")
+        (d / f"later{number}").write_bytes(b"")
+        times = [(d / name).stat().st_mtime_ns for name in (f"earlier{number}", "f", f"later{number}")]
+        assert times == sorted(times)
+        assert (d / "f").stat().st_atime_ns == times[1]
+        time.sleep(0.0007)
+
+
 @behaviour({"f": File(TEXT, mtime=10**18)})
 def write_sets_mtime_and_chmod_does_not(d: Path) -> None:
     os.chmod(d / "f", 0o600)
