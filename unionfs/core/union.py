@@ -396,18 +396,20 @@ class Union:
             self.up.node(node, data=False)
 
     def _drop_foreign_sgid(self, node: Node, who: Caller) -> None:
-        """An access ACL set by an owner outside the file's group takes set-group-id (``ovl_set_or_remove_acl``)."""
+        """An access ACL set or removed by an owner outside the file's group takes set-group-id (``ovl_set_acl``)."""
         st = self.tree.stat(node)
         if st.st_mode & stat.S_ISGID and not in_group(who, st.st_gid):
             self._chmod(node, st.st_mode & ~stat.S_ISGID)
 
-    def removexattr(self, node: Node, name: str) -> None:
+    def removexattr(self, node: Node, name: str, who: Caller) -> None:
         """Remove an extended attribute; a lower object that hasn't got it isn't copied up (ENODATA)."""
         self.protection.check_change(node)
         disk = self.fmt.to_disk(name)
         if not node.is_upper:
             self.door.getxattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
         self._need_upper(node)
+        if name == acl.ACCESS and not who.is_root:
+            self._drop_foreign_sgid(node, who)
         os.removexattr(self.tree.path(node), disk, follow_symlinks=self.tree.follow(node))
 
 

@@ -214,12 +214,12 @@ class KeptUnion(Union):
             self.once.note(_MARKED.pack(MARKED, self._has(node, name)))
         super().setxattr(node, name, value, flags, who)
 
-    def removexattr(self, node: Node, name: str) -> None:
+    def removexattr(self, node: Node, name: str, who: Caller) -> None:
         noted = self.once.carried_out()
         if noted is not None and _MARKED.unpack(noted)[1] and not self._has(node, name):
             return
         self.once.note(_MARKED.pack(MARKED, self._has(node, name)))
-        super().removexattr(node, name)
+        super().removexattr(node, name, who)
 
     def _has(self, node: Node, name: str) -> bool:
         try:

@@ -724,4 +724,5 @@ class UnionOperations(pyfuse3.Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
-        await self._settled(self._union.removexattr, self._union.node(inode), self._xattr_name(name))
+        node = self._union.node(inode)
+        await self._settled(self._union.removexattr, node, self._xattr_name(name), self._caller(ctx))

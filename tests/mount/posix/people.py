@@ -119,6 +119,21 @@ def chmod_setgid_without_being_in_the_group(d: Path) -> None:
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o2770
 
 
+# A file system of the kernel's own leaves the bit when an ACL goes.
+@behaviour({"f": File(TEXT, 0o2770, ALICE, STAFF)}, privileged=True, unlike="plain-lower bind-lower bind-upper")
+def acl_set_or_removed_without_being_in_the_group(d: Path) -> None:
+    value = acl((layers.ACL_USER_OBJ, 6), (layers.ACL_GROUP_OBJ, 7), (layers.ACL_OTHER, 1))
+    os.setxattr(d / "f", layers.ACL_ACCESS, value)
+    for change in (
+        lambda: os.setxattr(d / "f", layers.ACL_ACCESS, value),
+        lambda: os.removexattr(d / "f", layers.ACL_ACCESS),
+    ):
+        for groups, bit in (((STAFF,), stat.S_ISGID), ((), 0)):
+            os.chmod(d / "f", 0o2671)
+            as_user(ALICE, change, groups=groups)
+            assert (d / "f").stat().st_mode & stat.S_ISGID == bit
+
+
 @behaviour({"f": File(TEXT, 0o666, ALICE, ALICE)}, privileged=True)
 def chown_to_own_groups_only(d: Path) -> None:
     with fails(errno.EPERM):
