@@ -52,10 +52,11 @@ def clear_suidgid(fd: int, who: Caller | None) -> None:
 def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> None:
     """Raise EPERM for a chown(path, -1, -1) that would clear set-user-id or set-group-id of another's file.
 
-    The kernel checks that right only where it clears them itself (``may_setattr``). A write announces itself by the
-    same request (``file_remove_privs``), and may: it is let through while one of the open *handles* can write.
+    The kernel checks that right only where it clears them itself (``may_setattr``); of all but directories
+    (``chown_common``). A write announces itself by the same request (``file_remove_privs``), and may: it is let
+    through while one of the open *handles* can write.
     """
-    if not stat.S_ISREG(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
+    if stat.S_ISDIR(st.st_mode) or who.is_root or who.uid == st.st_uid or not _suidgid_to_clear(st, who):
         return
     if not any(map(sysio.may_write, handles)):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -63,7 +64,7 @@ def check_clearing(st: os.stat_result, who: Caller, handles: Iterable[int]) -> N
 
 def mode_without_suidgid(st: os.stat_result, who: Caller) -> int:
     """Return the mode that a file is left with by a write or chown of *who*'s; 0 where it stays as it is."""
-    drop = _suidgid_to_clear(st, who) if not who.is_root and stat.S_ISREG(st.st_mode) else 0
+    drop = 0 if who.is_root or stat.S_ISDIR(st.st_mode) else _suidgid_to_clear(st, who)
     return st.st_mode & ~drop if drop else 0
 
 

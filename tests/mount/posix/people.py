@@ -189,6 +189,23 @@ def chown_to_nobody_in_particular(d: Path) -> None:
     assert stat.S_IMODE((d / "f").stat().st_mode) == 0o777
 
 
+@behaviour(privileged=True)
+def chown_of_a_fifo_to_nobody_in_particular(d: Path) -> None:
+    for mode, left in ((0o4777, 0o777), (0o2755, 0o755), (0o2666, 0o2666), (0o666, 0o666)):
+        fifo = d / f"{mode:o}"
+        os.mkfifo(fifo)
+        os.chown(fifo, ALICE, ALICE)
+        os.chmod(fifo, mode)
+        if mode & 0o6000:
+            with fails(errno.EPERM):
+                as_user(BOB, lambda fifo=fifo: os.chown(fifo, -1, -1))
+        else:
+            as_user(BOB, lambda fifo=fifo: os.chown(fifo, -1, -1))
+        assert stat.S_IMODE(fifo.stat().st_mode) == mode
+        as_user(ALICE, lambda fifo=fifo: os.chown(fifo, -1, -1))
+        assert stat.S_IMODE(fifo.stat().st_mode) == left
+
+
 @behaviour({"f": File(TEXT, 0o4777, ALICE, ALICE)}, privileged=True)
 def write_by_root_keeps_suid(d: Path) -> None:
     _write(d / "f")
