@@ -15,6 +15,7 @@ from tests.mount.posix.table import fails
 from tests.support import layers
 from tests.support.layers import FIFO, File, Node, Symlink, acl, build, capability, mark
 from tests.support.mounts import Stack
+from tests.support.people import ALICE, as_user
 from tests.support.snapshot import assert_same, snapshot
 
 BIG = os.urandom(1 << 20) * 3 + b"odd tail"
@@ -204,6 +205,43 @@ def test_copied_into_a_directory_with_default_acl(stack: Stack) -> None:
     assert os.listxattr(root / "d" / "f") == []
     assert (root / "d" / "sub").stat().st_gid == 0
     assert os.listxattr(root / "d" / "sub") == []
+
+
+@pytest.mark.parametrize("used_before", [False, True], ids=["new", "used before"])
+def test_nothing_is_inherited_from_the_work_directory(stack: Stack, used_before: bool) -> None:
+    """Where the work directory has a default ACL and a setgid bit, from the directory it lies in."""
+    tree: layers.Tree = {
+        "f": File(b"x", 0o640),
+        "big": File(BIG, 0o640),
+        "sub": {"g": b""},
+        "s": Symlink("x"),
+        "r": b"",
+    }
+    build(stack.lower, {"d": tree})
+    os.chmod(stack.lower / "d", 0o777)
+    os.setxattr(stack.work, layers.ACL_DEFAULT, ACL)
+    os.chown(stack.work, -1, 999)
+    os.chmod(stack.work, 0o2755)
+    if used_before:
+        (stack.work / "work").mkdir()
+        assert os.listxattr(stack.work / "work")
+    d = stack.mount() / "d"
+    with open(d / "f", "ab") as stream:
+        stream.write(b"y")
+    os.chmod(d / "big", 0o660)
+    os.chmod(d / "sub", 0o775)
+    os.lchown(d / "s", 1, 2)
+    os.unlink(d / "r")
+    os.mkdir(d / "r", 0o755)
+    as_user(ALICE, lambda: ((d / "hers").write_bytes(b""), (d / "her sub").mkdir(), os.mkfifo(d / "her fifo")))
+    for path in [Path(base) / name for base, dirs, files in os.walk(stack.up) for name in dirs + files]:
+        names = [name for name in os.listxattr(path, follow_symlinks=False) if "posix_acl" in name]
+        assert names == [], path
+        assert not path.lstat().st_mode & stat.S_ISGID, path
+    modes = {name: oct(stat.S_IMODE((d / name).stat().st_mode)) for name in ("f", "big", "sub", "r", "hers", "her sub")}
+    assert modes == {"f": "0o640", "big": "0o660", "sub": "0o775", "r": "0o755", "hers": "0o644", "her sub": "0o755"}
+    assert {(d / name).stat().st_gid for name in ("f", "sub", "r")} == {0}
+    assert (d / "hers").stat().st_gid == ALICE
 
 
 def test_special_files(stack: Stack) -> None:

@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 import xattr
 
-from unionfs.core import sysio
+from unionfs.core import acl, sysio
 from unionfs.core.inodes import Dir
 from unionfs.core.markers import Format, is_whiteout_device
 from unionfs.errors import LayerError
@@ -210,7 +210,28 @@ def set_impure(node: Dir, fd: int, fmt: Format, flag: int) -> None:
 def _subdir(root_fd: int, name: bytes) -> int:
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=root_fd)
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
+        _hand_nothing_on(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _hand_nothing_on(fd: int) -> None:
+    """Take from a directory what is made in it would inherit: ACLs and set-group-id (``ovl_workdir_create``).
+
+    It has them from the directory that it was made in itself.
+    """
+    for name in (acl.DEFAULT, acl.ACCESS):
+        try:
+            os.removexattr(fd, name)
+        except OSError as exc:
+            if exc.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    if os.fstat(fd).st_mode & stat.S_ISGID:
+        os.fchmod(fd, 0o700)
 
 
 def remove_tree(fd: int) -> None:
