@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", type=lambda text: text.split(","), metavar="NAME,...", help="these checks; --list has their names")
     add("--quick", action="store_true", help="a short run: some checks are left out, the others do less")
     add("--system", action="store_true", help="use the host's own fstab and systemd too, for a moment")
+    add("--emulated", action="store_true", help="this processor is emulated: the speed table is that of --quick")
     add("--dir", type=Path, metavar="DIR", help="work there; a disk that takes trusted xattrs (default: /var/tmp)")
     add("--list", action="store_true", help="list the checks")
     return made
@@ -110,7 +111,13 @@ def main(words: Sequence[str] | None = None) -> int:
 def _host(arguments: argparse.Namespace, ground: Path, found: dict[str, object]) -> Host:
     wheel = arguments.wheel.resolve() if arguments.wheel else None
     wheelhouse = arguments.wheelhouse.resolve() if arguments.wheelhouse else None
-    host = Host(ground, sys.executable, wheel, wheelhouse, arguments.quick, arguments.system, found)
+    host = Host(
+        *(ground, sys.executable, wheel, wheelhouse),
+        quick=arguments.quick,
+        system=arguments.system,
+        emulated=arguments.emulated,
+        facts=found,
+    )
     copy_checks(host, REPOSITORY / "tests")
     return host
 

@@ -37,6 +37,7 @@ class Host:
         wheelhouse: a directory with the wheels of all that ours needs; nothing is asked of a package index then.
         quick: whether a short run is wanted.
         system: whether the host's own fstab and systemd may be used.
+        emulated: whether its processor is a program, some ten times slower than a real one.
     """
 
     base: Path
@@ -45,6 +46,7 @@ class Host:
     wheelhouse: Path | None = None
     quick: bool = False
     system: bool = False
+    emulated: bool = False
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
