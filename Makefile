@@ -33,7 +33,7 @@ BOX ?=
 export KERNEL
 
 .PHONY: help mount umount test lint types fuzz verify crash powercut soak compare sanitize clean root packages \
-	packages-test packages-soak integration vm-test bare-test vagrant-test
+	packages-test packages-soak integration vm-test bare-test vagrant-test vagrant-box
 
 help:
 	@echo 'make mount                             a demonstration union under ./demo'
@@ -52,6 +52,7 @@ help:
 	@echo 'make vm-test [KERNEL=trixie]           the same in a virtual machine with Linux 6.1, or another kernel (as root)'
 	@echo 'make bare-test [SUITE=trixie]          installation in a new root that debootstrap makes: Debian 12, or SUITE (as root)'
 	@echo 'make vagrant-test [BOX=debian12]       the same in Vagrant machines: Debian, Ubuntu, Fedora'
+	@echo 'make vagrant-box [KERNEL=trixie]       a box for that, made of the root and the kernel of make vm-test (as root)'
 	@echo 'make sanitize [ARGS=...]               tests of the native part under ASan and UBSan (as root)'
 	@echo 'make clean                             remove what these made'
 
@@ -102,6 +103,10 @@ vm-test: root
 bare-test: root
 	@scripts/packages vm
 	@scripts/vm-test --bare
+
+vagrant-box: root
+	@scripts/packages vm
+	@scripts/vm-test --box
 
 vagrant-test:
 	@scripts/vagrant-test $(BOX)

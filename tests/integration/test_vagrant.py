@@ -42,12 +42,13 @@ def where(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_is_valid(vagrant: str, where: Path) -> None:
-    done = run(vagrant, where, "validate")
+@pytest.mark.parametrize(("emulated", "setting"), [("", "machine.cpus"), ("1", "machine.cpu_mode")])
+def test_it_is_valid(vagrant: str, where: Path, emulated: str, setting: str) -> None:
+    done = run(vagrant, where, "validate", EMULATED=emulated)
     assert done.returncode == 0, done.stdout + done.stderr
     file = where / "Vagrantfile"
-    file.write_text(file.read_text().replace("machine.cpus", "machine.no_such_setting"))
-    done = run(vagrant, where, "validate")
+    file.write_text(file.read_text().replace(setting, "machine.no_such_setting"))
+    done = run(vagrant, where, "validate", EMULATED=emulated)
     assert done.returncode != 0, "settings of libvirt are not looked at"
     assert "no_such_setting" in done.stdout + done.stderr
 
