@@ -87,6 +87,8 @@ def _environment(host: Host, path: Path) -> Path:
 
 def _install(host: Host, venv: Path, *what: str | Path) -> None:
     words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if host.emulated:
+        words += ["--no-compile"]  # most of it is never imported, and compiling it takes a minute there
     if host.wheelhouse is not None:
         words += ["--no-index", "--find-links", str(host.wheelhouse)]
     run([venv / "bin/python", *words, *what], env={"PYTHONPATH": ""})

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from tests.host.host import Host, LeftOut, expect, need, run, shell
-from tests.host.oracle import compare_tables, run_table
+from tests.host.oracle import beside_overlayfs
 
 NOBODY = "nobody"
 NAMESPACE = ("unshare", "-Ur", "--mount", "--propagation", "private")
@@ -34,15 +34,15 @@ def by_fusermount(host: Host, room: Path) -> str:
     if host.quick or subprocess.run([*user, *NAMESPACE, "true"], capture_output=True, check=False).returncode:
         return f"as {NOBODY}"
     # The oracle is overlayfs as the same user can have it, in a namespace.
-    found = run_table(host, own, ["overlay"], under=[*user, *NAMESPACE]) | run_table(host, own, ["union"], under=user)
-    return f"as {NOBODY}, {compare_tables(found, 'overlay')}"
+    held = beside_overlayfs(host, own, {"overlay": [*user, *NAMESPACE], "union": user})
+    return f"as {NOBODY}, {held}"
 
 
 def in_a_namespace(host: Host, room: Path) -> str:
     """Root of a user namespace: what overlayfs with userxattr can do there, ours does."""
     if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         raise LeftOut("no user namespaces here")
-    return compare_tables(run_table(host, room, ["overlay", "union"], under=NAMESPACE), "overlay")
+    return beside_overlayfs(host, room, {"overlay": NAMESPACE, "union": NAMESPACE})
 
 
 def _own(room: Path) -> Path:

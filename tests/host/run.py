@@ -16,6 +16,9 @@ from tests.host.host import Host, LeftOut, Wrong
 from tests.host.report import Outcome, Report, Verdict
 from tests.support.mounts import mounted_below, wait_gone
 
+END_SECONDS = 60.0
+"""How long a daemon may take to end behind its unmount."""
+
 Function = Callable[[Host, Path], str]
 
 
@@ -74,7 +77,7 @@ def _left_behind(room: Path) -> str:
     mounts = mounted_below(room)
     for point in reversed(mounts):
         subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False)
-    daemons = [pid for pid in _naming(room) if not wait_gone(pid, 10)]
+    daemons = [pid for pid in _naming(room) if not wait_gone(pid, END_SECONDS)]
     for pid in daemons:
         os.kill(pid, signal.SIGKILL)
     if mounts or daemons:
