@@ -333,7 +333,7 @@ def _plain() -> Script:
     s.close("plain/top")
     s.open("tree/two", os.O_RDONLY)
     s.fchmod("tree/two", 0o600)
-    s.fdatasync("tree/two")
+    s.fsync("tree/two")
     s.close("tree/two")
     s.rename("plain/e", "plain/moved")
     s.link("tree/one", "tree/also")
