@@ -67,7 +67,7 @@ class Twin:
             lambda home: os.mkdir(home / name),
             lambda home: os.rmdir(home / name),
             lambda home: os.unlink(home / name),
-            lambda home: os.rename(home / name, home / other),
+            lambda home: self._rename(home / name, home / other),
             lambda home: os.link(home / name, home / other),
             lambda home: os.symlink(other, home / name),
             lambda home: os.chmod(home / name, mode),
@@ -83,6 +83,14 @@ class Twin:
     def _name(self) -> str:
         parts = [self.chance.choice("abcdef") for _ in range(self.chance.choice([1, 1, 2]))]
         return "/".join(parts)
+
+    @staticmethod
+    def _rename(old: Path, new: Path) -> None:
+        """Over a directory that is not empty xfs says EEXIST, overlayfs and others ENOTEMPTY: POSIX allows both."""
+        try:
+            os.rename(old, new)
+        except FileExistsError:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY)) from None
 
     @staticmethod
     def _patch(path: Path, data: bytes, at: int) -> int:
