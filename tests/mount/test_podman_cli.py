@@ -107,8 +107,8 @@ def test_idmapped_layers_are_not_mapped_twice(place: Place) -> None:
 
 
 def test_unknown_options_are_named_and_ignored(place: Place) -> None:
-    said = mounted(place, ",lazytime,no_such=1")
-    assert said == Said(0, "", "unionfs-overlay: unknown option ignored: no_such=1\n")
+    said = mounted(place, ",lazytime,no_such=1\f")
+    assert said == Said(0, "", "unionfs-overlay: unknown option ignored: no_such=1\\x0c\n")
     umount(place)
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import unionfs
 from unionfs.config import LogLevel, MountConfig, fsname_option, is_known, parse_mount
-from unionfs.errors import UsageError
+from unionfs.errors import UsageError, one_line
 from unionfs.host.mountinfo import Mount, Place, place_of, read_mounts
 
 NAME = "unionfs-overlay"
@@ -198,4 +198,4 @@ def _translated(options: Sequence[str]) -> Iterator[str]:
         elif is_known(name):
             yield option
         elif name not in _TUNING:
-            print(f"{NAME}: unknown option ignored: {option}", file=sys.stderr)
+            print(f"{NAME}: unknown option ignored: {one_line(option)}", file=sys.stderr)
