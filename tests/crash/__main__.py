@@ -35,7 +35,7 @@ from tests.crash import gate
 from tests.crash.site import Site
 from tests.crash.trial import Outcome, Strike, Trial, Wrong
 from tests.crash.workload import CHAPTERS
-from tests.support.filesystems import FS_KINDS, file_system
+from tests.support.filesystems import FS_KINDS, file_system, have_own_mounts
 from tests.support.losses import report
 from tests.support.mounts import AUTO_RESTART, can_restart
 
@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("crash: needs root, and a kernel with seccomp's user notification (Linux 5.5)")
         return 2
     os.umask(0o022)
+    have_own_mounts()
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unionfs-crash-", dir=options.dir)))
         base.chmod(0o755)

@@ -33,6 +33,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.support.filesystems import have_own_mounts
 from tests.support.repeating import repeating
 
 MIB = 1 << 20
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid() != 0:
         console.print("verify: it mounts file systems and drops caches: run it as root")
         return 2
+    have_own_mounts()
     tallies = {mode: Tally() for mode in options.modes}
     error = ""
     with tempfile.TemporaryDirectory(prefix="unionfs-verify-", dir=options.dir) as base:
