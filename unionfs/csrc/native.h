@@ -89,8 +89,16 @@ extern struct request request;
 /* Protocol 7.40: set in the number of a request that the kernel sends again. */
 #define UNIQUE_RESEND (UINT64_C(1) << 63)
 
-/* Flags of an OPEN that ask nothing of the descriptor behind the handle. O_LARGEFILE and FMODE_EXEC are the kernel's. */
-#define NO_MATTER (O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | 0100000 | 040)
+/* The kernel's: the C library has 0 where files are large anyway. */
+#if defined(__aarch64__) || defined(__arm__)
+#define KERNEL_O_LARGEFILE 0400000
+#elif defined(__powerpc__)
+#define KERNEL_O_LARGEFILE 0200000
+#else
+#define KERNEL_O_LARGEFILE 0100000
+#endif
+/* Flags of an OPEN that ask nothing of the descriptor behind the handle. 040 is the kernel's FMODE_EXEC. */
+#define NO_MATTER (O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | KERNEL_O_LARGEFILE | 040)
 
 extern bool passthrough; /* after INIT: whether the kernel has it */
 
