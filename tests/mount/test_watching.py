@@ -134,6 +134,21 @@ def test_directories_come_go_and_merge(watching: Stack) -> None:
     soon(lambda: os.listdir(root / "e2"), ["x"])
 
 
+def test_a_directory_that_becomes_merged_while_it_is_listed(watching: Stack) -> None:
+    above, below = watching.lowers
+    names = {f"file-{number:04}" for number in range(2000)}
+    build(above, {"d": dict.fromkeys(names, b"")})
+    root = watching.mount()
+    with os.scandir(root / "d") as entries:
+        listed = [next(entries).name for _ in range(100)]
+        build(below, {"d": {"late": b""}, "marker": b""})
+        soon((root / "marker").exists, True)
+        listed += [entry.name for entry in entries]
+    assert sorted(set(listed) - {"late"}) == sorted(names)
+    assert len(listed) == len(set(listed))
+    assert set(os.listdir(root / "d")) == {*names, "late"}
+
+
 def test_upper_stays(watching: Stack) -> None:
     lower = watching.lowers[0]
     build(lower, {"d": {"f": b"old", "g": b"old", "h": b"old"}})

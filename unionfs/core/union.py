@@ -158,7 +158,8 @@ class Union:
         if self.door.is_slow or (handle.version != node.version and node.is_merged):
             return {}
         places = {}
-        for number, fd in zip(node.stack, self.tree.dirfds.fds(node), strict=True):
+        fds = self.tree.dirfds.fds(node)  # may find the layers of the directory anew
+        for number, fd in zip(node.stack, fds, strict=True):
             device = self.layers.layer(number).device
             base = self.inodes.number_base(device)
             if base is not None:
