@@ -173,6 +173,18 @@ def test_linked_special_files(stack: Stack) -> None:
     assert_same(before, snapshot(root))
 
 
+def test_without_index_listings_show_the_new_number(stack: Stack) -> None:
+    """The name that is written becomes a file of its own, also where the directory was listed before."""
+    build(stack.lower, {"d": {"a": b"x"}})
+    os.link(stack.lower / "d" / "a", stack.lower / "d" / "b")
+    d = stack.mount("index=off") / "d"
+    for name in ("a", "b"):
+        for _ in range(2):
+            assert {entry.name: entry.inode() for entry in os.scandir(d)} == {n: (d / n).stat().st_ino for n in "ab"}
+        os.chmod(d / name, 0o600)
+    assert {entry.name: entry.inode() for entry in os.scandir(d)} == {n: (d / n).stat().st_ino for n in "ab"}
+
+
 def test_without_index_links_part(stack: Stack) -> None:
     build(stack.lower, LINKED)
     root = stack.mount("index=off")

@@ -258,7 +258,9 @@ class CopyUp:
         self.volatile = volatile
         self.offload = False  # set by a driver that can run DataCopy elsewhere
         self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
-        self.notify_changed: list[Node] = []  # nodes whose cached attributes the kernel should ask for again
+        self.notify_changed: list[
+            Node
+        ] = []  # nodes whose cached attributes (and listings) the kernel should ask for again
         self.copies = 0
         self.copy_plain: CopyPlain | None = None  # set by a driver that can copy plain files up in one step
         self._unshared: set[int] = set()  # layers whose files can't share data with upper's
@@ -735,6 +737,8 @@ class CopyUp:
             node.flags &= ~(BROKEN_LINK | ORIGIN)
             upper = self.tree.layers.layer(0)
             node.ino = self.tree.inodes.map_ino(upper.device, rino)
+            if node.parent is not None:
+                self.notify_changed.append(node.parent)  # its listing has the number, too
         if node.parent is not None:
             node.parent.version += 1
         self.tree.inodes.note_upper(node)

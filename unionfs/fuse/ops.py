@@ -7,7 +7,7 @@ nothing before the union has done what it was asked for, and nothing blocks it a
 
 The kernel may cache everything for ever, since the layers below don't change and upper changes only through here.
 What copy-up changes behind a cached inode (link counts, change times) is invalidated before the request is answered.
-Only attributes: that takes no lock and waits for nothing; to invalidate entries or pages in a request could deadlock.
+Only attributes and listings: that waits for nothing; to invalidate entries or files' pages in a request could deadlock.
 """
 
 from __future__ import annotations
@@ -333,7 +333,8 @@ class UnionOperations(pyfuse3.Operations):
         if node.nlookup:
             self._invalidations += 1
             with contextlib.suppress(OSError):
-                pyfuse3.invalidate_inode(node.id, attr_only=True)
+                # To drop a listing waits for nothing: unlike those of files its pages are never written or read again.
+                pyfuse3.invalidate_inode(node.id, attr_only=not node.is_dir)
 
     async def _settle(self, job: DataCopy) -> None:
         """Run a copy of data in a thread, or let it follow, or wait for whoever does."""
