@@ -258,9 +258,8 @@ class CopyUp:
         self.volatile = volatile
         self.offload = False  # set by a driver that can run DataCopy elsewhere
         self.follow_from: int | None = None  # and by one that lets data follow: from how many bytes on
-        self.notify_changed: list[
-            Node
-        ] = []  # nodes whose cached attributes (and listings) the kernel should ask for again
+        # Nodes whose cached attributes, and listings, the kernel should ask for again.
+        self.notify_changed: list[Node] = []
         self.copies = 0
         self.copy_plain: CopyPlain | None = None  # set by a driver that can copy plain files up in one step
         self._unshared: set[int] = set()  # layers whose files can't share data with upper's
