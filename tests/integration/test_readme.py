@@ -171,7 +171,7 @@ def test_a_target_of_make(checkout: Path, line: str) -> None:
 def test_the_comparison() -> None:
     """Its options, and the names that it chooses from: what it does is for test_compare.py."""
     lines = [line for line in commands((REPOSITORY / "README.md").read_text()) if line.startswith("scripts/compare ")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     known = {name for suite in SUITES for each in suite.workloads(Sizes()) for name in (each.name, each.group)}
     for line in lines:
         arguments = parser().parse_args(shlex.split(line)[1:])
