@@ -15,6 +15,7 @@ Once the daemon has ended after an unmount, all is there.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import sys
@@ -112,9 +113,24 @@ class Ground:
                 yield
             finally:
                 run("umount", str(self.mounted))
+                wait_until_free(device)
         finally:
             if what.is_file():
                 run("losetup", "--detach", device)
+
+
+def wait_until_free(device: str, seconds: float = 60) -> None:
+    """Wait until a file system that was unmounted is gone: a namespace that somebody made meanwhile keeps it alive."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 class Run:
