@@ -72,15 +72,6 @@ static void forget_lister(fuse_ino_t node)
 	}
 }
 
-static void forget_listers(const struct fuse_in_header *in)
-{
-	const struct fuse_batch_forget_in *batch = (const void *)(in + 1);
-	const struct fuse_forget_one *each = (const void *)(batch + 1);
-
-	for (uint32_t i = 0; i < batch->count && (const char *)(each + i + 1) <= (const char *)in + in->len; i++)
-		forget_lister(each[i].nodeid);
-}
-
 /* Answer an OPENDIR or RELEASEDIR about which nothing is to be decided; returns whether. */
 bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 {
@@ -88,7 +79,7 @@ bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 	const void *body = in + 1;
 	bool served = false;
 
-	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) + sizeof(struct fuse_open_in) || in->len > buf->size)
+	if (!is_whole(buf, sizeof(struct fuse_open_in)))
 		return false;
 	switch (in->opcode) {
 	case FUSE_OPENDIR:
@@ -101,7 +92,7 @@ bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 		forget_lister(in->nodeid);
 		break;
 	case FUSE_BATCH_FORGET:
-		forget_listers(in);
+		each_forgotten(in, forget_lister);
 		break;
 	default:
 		break;

@@ -102,6 +102,12 @@ extern struct request request;
 
 extern bool passthrough; /* after INIT: whether the kernel has it */
 
+/* Whether a message is in memory as a whole, with as many bytes of a body at least. */
+bool is_whole(const struct fuse_buf *buf, size_t body);
+
+/* Do something with each node of a BATCH_FORGET. */
+void each_forgotten(const struct fuse_in_header *in, void (*act)(fuse_ino_t node));
+
 /* A message is about to be handled: set `request`. */
 void note_request(const struct fuse_buf *buf);
 

@@ -135,15 +135,6 @@ static bool leave_reader(struct fuse_session *se, const struct fuse_in_header *i
 	return true;
 }
 
-static void retire_forgotten(const struct fuse_in_header *in)
-{
-	const struct fuse_batch_forget_in *batch = (const void *)(in + 1);
-	const struct fuse_forget_one *each = (const void *)(batch + 1);
-
-	for (uint32_t i = 0; i < batch->count && (const char *)(each + i + 1) <= (const char *)in + in->len; i++)
-		retire_reader(each[i].nodeid);
-}
-
 /* Answer an OPEN or RELEASE of what is shared; returns whether. See to it that other requests find no idle handle. */
 bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf)
 {
@@ -151,7 +142,7 @@ bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf)
 	const void *body = in + 1;
 	bool served = false;
 
-	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) + sizeof(struct fuse_open_in) || in->len > buf->size)
+	if (!is_whole(buf, sizeof(struct fuse_open_in)))
 		return false;
 	switch (in->opcode) {
 	case FUSE_OPEN:
@@ -168,7 +159,7 @@ bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf)
 		retire_reader(in->nodeid);
 		break;
 	case FUSE_BATCH_FORGET:
-		retire_forgotten(in);
+		each_forgotten(in, retire_reader);
 		break;
 	default:
 		break;

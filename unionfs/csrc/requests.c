@@ -47,6 +47,22 @@ static bool asks_to_kill(uint32_t opcode, const void *body, size_t size)
 	}
 }
 
+bool is_whole(const struct fuse_buf *buf, size_t body)
+{
+	const struct fuse_in_header *in = buf->mem;
+
+	return !(buf->flags & FUSE_BUF_IS_FD) && buf->size >= sizeof(*in) + body && in->len <= buf->size;
+}
+
+void each_forgotten(const struct fuse_in_header *in, void (*act)(fuse_ino_t node))
+{
+	const struct fuse_batch_forget_in *batch = (const void *)(in + 1);
+	const struct fuse_forget_one *each = (const void *)(batch + 1);
+
+	for (uint32_t i = 0; i < batch->count && (const char *)(each + i + 1) <= (const char *)in + in->len; i++)
+		act(each[i].nodeid);
+}
+
 void note_request(const struct fuse_buf *buf)
 {
 	const struct fuse_in_header *in = buf->mem;
