@@ -198,6 +198,38 @@ def test_a_directory_is_opened_again_without_python(ours: Stack) -> None:
     wait_for(ours, "open_directories", 0)
 
 
+def test_readers_aside(ours: Stack) -> None:
+    """While the kernel keeps a listing for one reader, others are served without Python, as long as nothing changes."""
+    build(ours.lower, {"d": {f"f{number}": b"x" for number in range(20)}})
+    here = ours.mount() / "d"
+    expected = names_only(here)
+    kept = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    assert names_only(here) == expected  # Python's, the first one beside it
+    before = ours.counter("native_direct")
+    for _ in range(10):
+        assert names_only(here) == expected
+    assert ours.counter("native_direct") <= before + 10  # reading changes a directory's times: opendir(3) asks for them
+    first = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    assert set(os.listdir(first)) == set(expected)
+    (here / "late").touch()
+    (here / "f3").unlink()
+    changed = {*expected, "late"} - {"f3"}
+    second = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    for fd in (first, second, kept):
+        assert set(os.listdir(fd)) == changed
+        os.fsync(fd)
+    with raw.DirStream(here) as stream:
+        some = [name for name, _, _ in itertools.islice(stream, 2)]
+        (here / "f4").rename(here / "g4")
+        some += [name for name, _, _ in stream]
+    assert {os.fsencode(name) for name in changed - {"f4"}} <= set(some)
+    shutil.rmtree(here)
+    for fd in (first, second, kept):
+        assert os.listdir(fd) == []
+        os.close(fd)
+    wait_for(ours, "open_directories", 0)
+
+
 def test_whatever_is_asked_of_a_directory_opened_again(stack: Stack) -> None:
     build(stack.lower, {"d": {f"f{number}": b"x" for number in range(20)}})
     here = stack.mount() / "d"

@@ -33,7 +33,7 @@ class DirHandle:
         self.node = node
         self.entries: list[Entry] | None = None
         self.cookies: list[int] = []  # parallel to entries, ascending
-        # Whether the same listing was read before: the kernel has dropped what it knew, and names too.
+        # Whether the same listing was read before, and is kept: the kernel has dropped what it knew, and names too.
         self.again = False
         self.kept = False  # whether the kernel may keep what it reads through this handle
         self.version = -1  # of the directory when it was read
@@ -60,7 +60,7 @@ class Listings:
         if after <= DOTS or handle.entries is None:
             node = handle.node
             handle.version, handle.cookies, handle.entries = self._listing(node)
-            handle.again, node.listed = node.listed == node.version, node.version
+            handle.again, node.listed = handle.kept and node.listed == node.version, node.version
         return itertools.islice(zip(handle.cookies, handle.entries, strict=True), handle.first_after(after), None)
 
     def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:

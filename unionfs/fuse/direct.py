@@ -477,16 +477,22 @@ class Direct:
     def _dir_handle(self, node_id: int, handle: int) -> DirHandle | None:
         """Return an open directory, None if it is not the union's; the native layer may have opened it."""
         opened = self._dir_handles.get(handle)
-        if opened is None and native.opened_again(node_id, handle):
+        if opened is None:
+            kept = native.opened_again(node_id, handle)
+            if kept is None:
+                return None
             node = self._nodes[node_id]
             assert isinstance(node, Dir)
             self._dir_handles[handle] = opened = DirHandle(node)
-            opened.kept = True
+            opened.kept = kept
         return opened
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
-        return None if self._dir_handles.pop(wire.u64(body)[0], None) is None else 0
+        handle = wire.u64(body)[0]
+        if self._dir_handles.pop(handle, None) is None and native.opened_again(node_id, handle) is None:
+            return None
+        return 0
 
     def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Make a directory's entries durable."""
@@ -531,7 +537,19 @@ class Direct:
             size -= len(packed)
         if offset > DOTS:  # else the listing was read as well
             handle.cold = time.monotonic() - began > _COLD_SECONDS * len(parts)
+        elif not offset and not handle.kept:
+            self._read_aside(handle, parts)
         return b"".join(parts)
+
+    def _read_aside(self, handle: DirHandle, parts: list[bytes]) -> None:
+        """Have an answer given to the next readers as well, if it is all of a listing, of which the kernel has all."""
+        node = handle.node
+        whole = handle.entries is not None and len(parts) == len(handle.entries) + DOTS
+        if not whole or handle.version != node.version or self._timeout < _LASTING or not self._reopens:
+            return
+        if self._covers(node) or not all(part.startswith(wire.NO_ENTRY) for part in parts):
+            return
+        native.read_aside(node, b"".join(parts), handle.cookies[-1] if handle.cookies else DOTS)
 
     @staticmethod
     def _reads_names(handle: DirHandle, offset: int) -> bool:

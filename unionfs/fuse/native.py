@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from unionfs.core import sysio
+from unionfs.core.inodes import Dir
 
 _module: ModuleType | None = None
 
@@ -492,10 +493,29 @@ def ask_again(node: int) -> None:
         _module.ask_again(node)
 
 
-def opened_again(node: int, fh: int) -> bool:
-    """Whether a handle of a directory is one that the native layer gave by itself; its RELEASEDIR comes from now on."""
+def opened_again(node: int, fh: int) -> bool | None:
+    """Whether the kernel keeps what it reads through a handle that the native layer gave by itself.
+
+    Its RELEASEDIR comes to Python from now on.
+
+    Returns:
+        None where the native layer gave no such handle.
+    """
     assert _module is not None
-    return bool(_module.opened_again(node, fh))
+    kept: bool | None = _module.opened_again(node, fh)
+    return kept
+
+
+def read_aside(directory: Dir, text: bytes, end: int) -> None:
+    """Have readers whose listing the kernel does not keep served without Python until the directory's version changes.
+
+    Args:
+        directory: one that another reader has had `keep_listing` for.
+        text: the answer to READDIRPLUS for all of it; the kernel knows every name in it, with attributes that last.
+        end: the position behind its last entry.
+    """
+    assert _module is not None
+    _module.read_aside(directory.id, directory, directory.version, text, end)
 
 
 def take_backing(fd: int) -> int:
