@@ -429,6 +429,38 @@ def test_which_opens_are_passed(passing: Stack, opened: Callable[..., int]) -> N
     opens(root / "low", os.O_WRONLY, passes=True)
 
 
+def test_a_large_file_that_was_read_stays_cached_for_appending(passing: Stack) -> None:
+    """The kernel would drop what it has of it, and read it anew from the copy."""
+    size = 65 << 20
+    with open(passing.lower / "read", "wb") as file:
+        file.truncate(size)
+    root = passing.mount()
+    with open(root / "new", "wb") as file:
+        file.truncate(size)
+    for name, expected in ("read", 1), ("new", 3):
+        assert (root / name).read_bytes() == bytes(size)
+        with open(root / name, "ab") as file:
+            file.write(b"x")
+        assert passed(passing) == expected
+        assert (root / name).stat().st_size == size + 1
+    with open(root / "read", "rb") as file:
+        assert file.seek(-2, os.SEEK_END) == size - 1
+        assert file.read() == b"\0x"
+        with open(root / "read", "ab") as other:
+            other.write(b"y")
+        assert file.read() == b"y"
+    assert passed(passing) == 3
+    with open(root / "read", "r+b") as file:
+        file.write(b"z")
+    assert passed(passing) == 4
+    with open(root / "read", "rb") as file:
+        assert file.read(2) == b"z\0"
+    with open(root / "read", "ab") as file:
+        file.write(b"end")
+    assert passed(passing) == 6
+    assert (passing.upper / "read").read_bytes() == b"z" + bytes(size - 1) + b"xyend" == (root / "read").read_bytes()
+
+
 def test_a_union_without_upper_passes_its_lowers(passing: Stack) -> None:
     build(passing.lower, {"f": DATA, "small": b"x"})
     passing.upper = None
