@@ -121,8 +121,7 @@ bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf)
 	bool answered = true, silent;
 	int error;
 
-	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof(*in) || in->opcode >= OPCODES || !direct[in->opcode] ||
-	    in->len < sizeof(*in) || in->len > buf->size)
+	if (!is_whole(buf, 0) || in->opcode >= OPCODES || !direct[in->opcode])
 		return false;
 	silent = in->opcode == FUSE_FORGET || in->opcode == FUSE_BATCH_FORGET;
 	note_request(buf);

@@ -166,7 +166,7 @@ bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 		served = open_again(se, in);
 		break;
 	case FUSE_READDIRPLUS:
-		served = read_aside(se, in, body);
+		served = is_whole(buf, sizeof(struct fuse_read_in)) && read_aside(se, in, body);
 		break;
 	case FUSE_RELEASEDIR:
 		served = close_lister(se, in, ((const struct fuse_release_in *)body)->fh);

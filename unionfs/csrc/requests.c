@@ -51,7 +51,8 @@ bool is_whole(const struct fuse_buf *buf, size_t body)
 {
 	const struct fuse_in_header *in = buf->mem;
 
-	return !(buf->flags & FUSE_BUF_IS_FD) && buf->size >= sizeof(*in) + body && in->len <= buf->size;
+	return !(buf->flags & FUSE_BUF_IS_FD) && buf->size >= sizeof(*in) + body && in->len >= sizeof(*in) + body &&
+	       in->len <= buf->size;
 }
 
 void each_forgotten(const struct fuse_in_header *in, void (*act)(fuse_ino_t node))
