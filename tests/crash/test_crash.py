@@ -72,6 +72,12 @@ def test_found_before(ground: Path, kind: str, chapter: str, before: str) -> Non
     assert found["killed before" if kind == "calls" else "faults"] > 0
 
 
+@pytest.mark.fault_seconds(SECONDS)
+def test_an_open_that_fails_has_not_cut_the_file(ground: Path) -> None:
+    words = ("--chapters", "overwrite", "--kinds", "faults", "--before", "^(openat /upper|ftruncate)")
+    assert crash(ground, "--all", "--modes", "default", *words)["modes"]["default"]["faults"] > 4
+
+
 def test_a_difference_is_seen(ground: Path) -> None:
     (ground / "f").write_bytes(b"content")
     (ground / "g").write_bytes(b"other")

@@ -191,7 +191,7 @@ class DataCopy:
 
     def open(self, flags: int) -> int:
         """Open the copy with the access mode and status flags of an ``open(2)``."""
-        return os.open(sysio.fd_path(self.target), (flags & ~STRIP_OPEN) | os.O_CLOEXEC)
+        return open_copy(self.target, flags)
 
     def shown(self, st: os.stat_result) -> os.stat_result:
         """Return what the file shows meanwhile: the lower attributes, but size, blocks and times of what is written."""
@@ -243,6 +243,11 @@ class DataCopy:
         self.source = self.target = -1
 
 
+def open_copy(target: int, flags: int) -> int:
+    """Open a file of which there is a descriptor with the access mode and status flags of an ``open(2)``."""
+    return os.open(sysio.fd_path(target), (flags & ~STRIP_OPEN) | os.O_CLOEXEC)
+
+
 def _now() -> int:
     """Return the time by the clock of file systems, in nanoseconds."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
@@ -262,6 +267,8 @@ class CopyUp:
         self.notify_changed: list[Node] = []
         self.copies = 0
         self.copy_plain: CopyPlain | None = None  # set by a driver that can copy plain files up in one step
+        self._opens: int | None = None  # flags with which to open a copy before it is published
+        self._opened = -1  # the descriptor
         self._unshared: set[int] = set()  # layers whose files can't share data with upper's
         self._ties_names = tree.work is not None and not volatile and sysio.file_system_type(tree.work.fd) == _EXT4
 
@@ -314,6 +321,45 @@ class CopyUp:
             self._copy_regular(node, data=data or not self.metacopy or bool(node.flags & UNLINKED), size=size)
         else:
             self._copy_special(node)
+
+    def truncated(self, node: Node, flags: int) -> int:
+        """Make sure that a regular file is in upper, and open it, with O_TRUNC among *flags*, those of open(2).
+
+        Where that cuts data off that is in a lower layer the copy is opened before it is published: if it can't be,
+        the file is as before. Returns a descriptor of the data. Raises as `node` and open(2) do.
+        """
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if not writes or node.flags & (UPPER | META) == UPPER or not self.tree.stat(node).st_size:
+            self.node(node, data=True, size=0)
+            return self.tree.open_real(node, flags)
+        fd = self._opened_before(node, flags & ~os.O_TRUNC)
+        if fd < 0:
+            return self.tree.open_real(node, flags)
+        try:
+            os.ftruncate(fd, 0)  # most are cut already, and only get their times
+        except OSError:
+            if os.fstat(fd).st_size:
+                os.close(fd)
+                raise
+        return fd
+
+    def _opened_before(self, node: Node, flags: int) -> int:
+        """Copy a file up without its data; returns what was opened of the copy before publishing it, -1 if nothing."""
+        self._opens = flags
+        try:
+            try:
+                self.node(node, data=True, size=0)
+            except OSError:
+                if self._opened < 0 or node.flags & (UPPER | META) != UPPER:
+                    raise
+                # It is up but for its name, which it gets with its next change (`name_indexed`).
+            fd, self._opened = self._opened, -1
+            return fd
+        finally:
+            self._opens = None
+            if self._opened >= 0:
+                os.close(self._opened)
+                self._opened = -1
 
     def plain_file(self, node: Node) -> int:
         """Copy up a lower file about which nothing is special, without copying data, if that can be done in one step.
@@ -628,10 +674,12 @@ class CopyUp:
 
         Kernel overlayfs looks at each read whether the file was copied up (``ovl_real_fdget``); here the number of
         the descriptor stays and what is behind it is exchanged, once the copy *target* has been published in this
-        context. What could fail of that is done before: raises OSError, EMFILE.
+        context. What could fail of that is done before, and so is what `truncated` opens: raises OSError, EMFILE.
         """
-        fresh = os.open(sysio.fd_path(target), os.O_RDONLY | os.O_CLOEXEC) if node.handles else -1
+        fresh = open_copy(target, os.O_RDONLY) if node.handles else -1
         try:
+            if self._opens is not None:
+                self._opened = open_copy(target, self._opens)
             yield
             for fd in node.handles or ():
                 os.dup2(fresh, fd, inheritable=False)

@@ -200,9 +200,11 @@ class Union:
         job = node.job
         if isinstance(job, DataCopy) and job.follows and not flags & _FINISHED:
             fd = job.open(flags)
+        elif flags & os.O_TRUNC:
+            fd = self.up.truncated(node, flags)
         else:
             if flags & _WRITE:
-                self.up.node(node, data=True, size=0 if flags & os.O_TRUNC else None)
+                self.up.node(node, data=True)
             fd = self.tree.open_real(node, flags)
         if flags & os.O_TRUNC and kill_for is not None:
             clear_suidgid(fd, kill_for)
