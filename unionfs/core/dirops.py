@@ -10,6 +10,7 @@ simply below a merge directory, is marked opaque so that nothing of the lower la
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -305,12 +306,13 @@ class DirOps:
         self._tree.forget(node, 0)
 
     def _drop_index(self, node: Node) -> None:
-        """Remove the index entry of a file that lost its last name (``ovl_cleanup_index``)."""
+        """Remove the index entry of a file without a name (``ovl_cleanup_index``), or leave that to the next mount."""
         entry = self._tree.index_names.pop(node)
         node.flags &= ~INDEXED
         index_fd = self._tree.resolver.index_fd
-        if os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_nlink == 1:
-            os.unlink(entry, dir_fd=index_fd)
+        with contextlib.suppress(OSError):
+            if os.stat(entry, dir_fd=index_fd, follow_symlinks=False).st_nlink == 1:
+                os.unlink(entry, dir_fd=index_fd)
 
     def rmdir(self, parent: Dir, name: bytes) -> None:
         """Remove an empty directory; one that holds only whiteouts is empty (``ovl_rmdir``)."""
@@ -384,6 +386,11 @@ class DirOps:
             sysio.utimens_at(work.fd, temp, st.st_atime_ns, st.st_mtime_ns)
             sysio.rename(work.fd, temp, upper, name, sysio.RENAME_EXCHANGE)
         work.discard(temp)
+        self._tree.dirfds.drop(node)
+        node.stack, node.where = (0,), node.where and node.where[:1]
+        node.flags |= OPAQUE
+        self._tree.dirfds.pin(node)
+        self._tree.inodes.renumber_upper(node, os.fstat(self._tree.dirfds.upper(node)).st_ino)
 
     # -- rename --
 
@@ -471,11 +478,9 @@ class DirOps:
         tree, work = self._tree, self._work()
         last = False
         positive = leave_whiteout or tree.resolver.lower_positive(old_dir, old_name)
-        if isinstance(new, Dir):
-            tree.dirfds.pin(new)
-            if new.is_upper:
-                self._clear_empty_for_rename(new, new_dir, new_name)
         self._mark_for_move(old, old_dir, new_dir)
+        if isinstance(new, Dir):
+            self._empty_for_rename(new, new_dir, new_name)
         old_fd, new_fd = tree.dirfds.upper(old_dir), tree.dirfds.upper(new_dir)
         whiteout_there = new is None and self._whiteout_at(new_fd, new_name)
         anchor = new.anchor if new is not None else -1
@@ -488,11 +493,14 @@ class DirOps:
                 whiteouts.rename_leaving_one(work, old_fd, old_name, new_fd, new_name)
             elif whiteout_there and isinstance(old, Dir):
                 sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
-                os.unlink(old_name, dir_fd=old_fd)
+                with contextlib.suppress(OSError):  # it is moved; a whiteout that stays hides nothing
+                    os.unlink(old_name, dir_fd=old_fd)
             else:
                 sysio.rename(old_fd, old_name, new_fd, new_name)
         except BaseException:
-            if new is not None:
+            if isinstance(new, Dir):
+                tree.dirfds.drop(new)  # another one may have its name now
+            elif new is not None:
                 self._keeps_its_name(new, anchor)
             raise
         if isinstance(new, Dir):
@@ -501,11 +509,16 @@ class DirOps:
             self._lost_name(new, new_dir, new_name, last=last)
         tree.moved(old, old_dir, old_name, new_dir, new_name)
 
-    def _clear_empty_for_rename(self, new: Dir, new_dir: Dir, new_name: bytes) -> None:
-        if self._lister.upper_leftovers(new):
-            if self._lister.entries(new):
-                raise sysio.error(errno.ENOTEMPTY, new_name)
-            self._clear_empty(new, new_dir, new_name)
+    def _empty_for_rename(self, new: Dir, new_dir: Dir, new_name: bytes) -> None:
+        """Hold a directory that is about to be replaced, and have nothing in upper's, not even whiteouts."""
+        self._tree.dirfds.pin(new)
+        try:
+            if new.is_upper and self._lister.upper_leftovers(new):
+                self._require_empty(new)
+                self._clear_empty(new, new_dir, new_name)
+        except BaseException:
+            self._tree.dirfds.drop(new)
+            raise
 
     def _exchange(self, old: Node, old_dir: Dir, old_name: bytes, new: Node, new_dir: Dir, new_name: bytes) -> None:
         tree = self._tree

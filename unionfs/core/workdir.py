@@ -26,6 +26,11 @@ WhiteoutForm = Literal["char", "xattr", "wh"]
 _LISTED: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _VOLATILE: Final = (b"incompat", b"incompat/volatile", b"incompat/volatile/dirty")
 
+# Errors of mknod(2) that tell that there can't be such devices, to us or on this file system.
+_CAN_NEVER_BE: Final = frozenset(
+    (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENXIO, errno.ENODEV)
+)
+
 
 class WorkDir:
     """The work directory of one writable mount."""
@@ -98,8 +103,8 @@ class WorkDir:
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=self.fd)
         except OSError as exc:
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-                return "char"  # it is permitted: there is only no room now
+            if exc.errno not in _CAN_NEVER_BE:
+                return "char"  # there is only no room now, or an error that may pass
             if wanted == "char":
                 raise
             return "xattr"
