@@ -179,6 +179,13 @@ def touched(state: State, path: str) -> State:
     return State({**state.tree, **{name: replace(state.tree[name], mtime=_RECENT) for name in names}}, state.loose)
 
 
+def without(tree: Snapshot, path: str) -> Snapshot:
+    """What there is but for a path and what is below it."""
+    key = _key(path)
+    kept = [at for at in tree if at != key and not at.startswith(key + b"/")]
+    return {at: replace(tree[at], group=tuple(name for name in tree[at].group if name in kept)) for at in kept}
+
+
 def half_written(root: Path, tree: Snapshot, before: State, after: State, path: str) -> bool:
     """Whether only the first part of a write to a file has come there, and all else is as before."""
     if path not in before.data:

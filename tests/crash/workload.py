@@ -103,6 +103,8 @@ class Step:
         settles: the path of a file of which all is in upper once the step has returned.
         completes: the path of one of which only metadata is in upper. Its data is copied in place, which changes the time
             until it is put back.
+        leaves: the path that it takes away from an object. Where a whiteout comes there in a step of its own, something
+            shows there until then.
     """
 
     text: str
@@ -113,6 +115,7 @@ class Step:
     follows: str = ""
     settles: str = ""
     completes: str = ""
+    leaves: str = ""
 
 
 class Script:
@@ -181,7 +184,14 @@ class Script:
         self.do(f"rmdir {path}", lambda hand: os.rmdir(hand.root / path))
 
     def rename(self, old: str, new: str, *, settles: str = "") -> None:
-        self.do(f"rename {old} {new}", lambda hand: os.rename(hand.root / old, hand.root / new), settles=settles)
+        self.steps.append(
+            Step(
+                f"rename {old} {new}",
+                lambda hand: os.rename(hand.root / old, hand.root / new),
+                settles=settles,
+                leaves=old,
+            )
+        )
 
     def exchange(self, old: str, new: str) -> None:
         self.do(

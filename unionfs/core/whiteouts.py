@@ -89,15 +89,23 @@ def rename_leaving_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new:
 
 
 def _swap_in(work: WorkDir, temp: bytes, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
-    """Rename by exchange: with a whiteout that was put at the new name, or with the victim that is there."""
+    """Rename, or exchange with what is there in upper, and then put a whiteout at the old name.
+
+    In between the old name shows what is below, or what was at the new one; nothing is lost.
+    """
+    flags = sysio.RENAME_NOREPLACE
     try:
-        sysio.rename(work.fd, temp, new_fd, new, sysio.RENAME_NOREPLACE)
+        sysio.rename(old_fd, old, new_fd, new, flags)
     except FileExistsError:
-        sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
-        sysio.rename(work.fd, temp, old_fd, old, sysio.RENAME_EXCHANGE)
+        flags = sysio.RENAME_EXCHANGE
+        sysio.rename(old_fd, old, new_fd, new, flags)
+    try:
+        sysio.rename(work.fd, temp, old_fd, old, flags)
+    except BaseException:
+        sysio.rename(new_fd, new, old_fd, old, flags)
+        raise
+    if flags == sysio.RENAME_EXCHANGE:
         work.discard(temp)
-    else:
-        sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
 
 
 def _announce(work: WorkDir, upper: int) -> None:
