@@ -182,7 +182,7 @@ def touched(state: State, path: str) -> State:
 def without(tree: Snapshot, path: str) -> Snapshot:
     """What there is but for a path and what is below it."""
     key = _key(path)
-    kept = [at for at in tree if at != key and not at.startswith(key + b"/")]
+    kept = {at for at in tree if at != key and not at.startswith(key + b"/")}
     return {at: replace(tree[at], group=tuple(name for name in tree[at].group if name in kept)) for at in kept}
 
 

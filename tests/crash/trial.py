@@ -383,13 +383,13 @@ class Trial:
 
     @property
     def _whiteouts_come_apart(self) -> bool:
-        """Whether a rename leaves its whiteout in a step of its own; no system call makes one of another form."""
-        return "whiteout=" in self.options
+        """Whether a rename puts its whiteout in a step of its own: an attribute can neither come first nor with it."""
+        return "whiteout=xattr" in self.options
 
     @property
     def _overlay_can(self) -> bool:
         """Whether kernel overlayfs can take the upper layer as its own: it lists xattr whiteouts that are there."""
-        return not self._whiteouts_come_apart
+        return "whiteout=" not in self.options
 
     @contextmanager
     def _overlay(self) -> Iterator[None]:

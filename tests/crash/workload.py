@@ -124,8 +124,8 @@ class Script:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def do(self, text: str, act: Callable[[Hand], object], *, settles: str = "") -> None:
-        self.steps.append(Step(text, act, settles=settles))
+    def do(self, text: str, act: Callable[[Hand], object], *, settles: str = "", leaves: str = "") -> None:
+        self.steps.append(Step(text, act, settles=settles, leaves=leaves))
 
     # -- open files --
 
@@ -184,13 +184,11 @@ class Script:
         self.do(f"rmdir {path}", lambda hand: os.rmdir(hand.root / path))
 
     def rename(self, old: str, new: str, *, settles: str = "") -> None:
-        self.steps.append(
-            Step(
-                f"rename {old} {new}",
-                lambda hand: os.rename(hand.root / old, hand.root / new),
-                settles=settles,
-                leaves=old,
-            )
+        self.do(
+            f"rename {old} {new}",
+            lambda hand: os.rename(hand.root / old, hand.root / new),
+            settles=settles,
+            leaves=old,
         )
 
     def exchange(self, old: str, new: str) -> None:

@@ -128,13 +128,19 @@ static bool read_aside(struct fuse_session *se, const struct fuse_in_header *in,
 static bool close_lister(struct fuse_session *se, const struct fuse_in_header *in, uint64_t fh)
 {
 	struct lister *lister = *find_lister(in->nodeid);
-	bool aside = fh & ASIDE;
+	bool known;
 
-	if (!lister || (!aside && lister->fh != fh))
+	if (!lister)
 		return false;
-	if (!aside)
+	if (fh & ASIDE) {
+		known = lister->aside_known;
+	} else {
+		if (lister->fh != fh)
+			return false;
 		lister->fh = 0;
-	if (aside ? lister->aside_known : lister->known)
+		known = lister->known;
+	}
+	if (known)
 		return false;
 	reply_raw(se, in->unique, 0, NULL, 0);
 	return true;

@@ -154,7 +154,7 @@ class Handles:
     def _may_pass(self, node: Node, fd: int, flags: int) -> bool:
         reads = flags & os.O_ACCMODE == os.O_RDONLY
         if node.flags & META or not (node.flags & UPPER or self._read_only):
-            if reads and not node.flags & CACHED:
+            if reads and not node.flags & CACHED:  # to set it again would be noticed as a change (fuse/kept.py)
                 node.flags |= CACHED
             return False
         st = self._fstat(fd)
