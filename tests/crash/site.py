@@ -161,6 +161,11 @@ def _key(path: str) -> bytes:
     return b"/" + os.fsencode(path)
 
 
+def has(state: State, path: str) -> bool:
+    """Whether there is something at a path."""
+    return _key(path) in state.tree
+
+
 def fits(tree: Snapshot, state: State) -> bool:
     """Whether a tree is in this state."""
     wanted = state.tree

@@ -26,8 +26,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from tests.crash.gate import Gate, Warden, start
-from tests.crash.site import Site, fits, half_written, layer_faults, leftovers, restarts, seen, touched, without
-from tests.crash.workload import CHAPTERS, Hand, reopen, work
+from tests.crash.site import (
+    Site,
+    State,
+    fits,
+    half_written,
+    has,
+    layer_faults,
+    leftovers,
+    restarts,
+    seen,
+    touched,
+    without,
+)
+from tests.crash.workload import CHAPTERS, Hand, Step, reopen, work
 from tests.support import raw
 from tests.support.mounts import BAD_LOG, MountRefused, daemons, mounted_below, parent_of, supervised, wait_gone
 from tests.support.snapshot import Snapshot, differences
@@ -381,10 +393,9 @@ class Trial:
         if bad := [line for line in ours.log.read_text().splitlines() if BAD_LOG.search(line)]:
             self._wrong(f"the mount after it says: {bad[:3]}")
 
-    @property
-    def _whiteouts_come_apart(self) -> bool:
-        """Whether a rename puts its whiteout in a step of its own: an attribute can neither come first nor with it."""
-        return "whiteout=xattr" in self.options
+    def _comes_apart(self, step: Step, before: State) -> bool:
+        """Whether it renames over something and puts a whiteout in a step of its own, for only a device comes with it."""
+        return bool(step.leaves) and "whiteout=xattr" in self.options and has(before, step.covers)
 
     @property
     def _overlay_can(self) -> bool:
@@ -438,7 +449,7 @@ class Trial:
         path = step.completes or step.writes
         if path and fits(tree, touched(before, path)):
             return True
-        if step.leaves and self._whiteouts_come_apart and fits(without(tree, step.leaves), after):
+        if self._comes_apart(step, before) and fits(without(tree, step.leaves), after):
             return True
         return bool(step.writes) and half_written(self.site.mnt, tree, before, after, step.writes)
 

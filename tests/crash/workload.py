@@ -104,7 +104,8 @@ class Step:
         completes: the path of one of which only metadata is in upper. Its data is copied in place, which changes the time
             until it is put back.
         leaves: the path that it takes away from an object. Where a whiteout comes there in a step of its own, something
-            shows there until then.
+            shows there until then, if something was at the new name.
+        covers: the new name.
     """
 
     text: str
@@ -116,6 +117,7 @@ class Step:
     settles: str = ""
     completes: str = ""
     leaves: str = ""
+    covers: str = ""
 
 
 class Script:
@@ -124,8 +126,10 @@ class Script:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def do(self, text: str, act: Callable[[Hand], object], *, settles: str = "", leaves: str = "") -> None:
-        self.steps.append(Step(text, act, settles=settles, leaves=leaves))
+    def do(
+        self, text: str, act: Callable[[Hand], object], *, settles: str = "", leaves: str = "", covers: str = ""
+    ) -> None:
+        self.steps.append(Step(text, act, settles=settles, leaves=leaves, covers=covers))
 
     # -- open files --
 
@@ -189,6 +193,7 @@ class Script:
             lambda hand: os.rename(hand.root / old, hand.root / new),
             settles=settles,
             leaves=old,
+            covers=new,
         )
 
     def exchange(self, old: str, new: str) -> None:

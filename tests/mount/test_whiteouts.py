@@ -309,11 +309,29 @@ def test_whiteout_forms_that_can_be_chosen(make_stack: Callable[..., Stack], for
 
 def test_xattr_form_is_read_by_kernel_overlayfs(make_stack: Callable[..., Stack], check_by_overlay: Oracle) -> None:
     stack = make_stack("union", options="whiteout=xattr")
-    build(stack.lower, {"f": b"x", "d": {"a": b"", "b": b""}})
+    build(
+        stack.lower,
+        {
+            "f": b"x",
+            "d": {"a": b"", "b": b""},
+            "g": {"file": b"g"},
+            "h": {"file": b"h"},
+            "i": {"file": b"i"},
+            "to": {"h": b"old", "i": b"old"},
+        },
+    )
     root = stack.mount()
     os.unlink(root / "f")
     os.unlink(root / "d" / "a")
+    os.unlink(root / "to" / "h")
+    os.rename(root / "g" / "file", root / "to" / "g")
     view = snapshot(root)
+    stack.remount()
+    assert_same(view, snapshot(root))
+    os.rename(root / "h" / "file", root / "to" / "h")  # where a whiteout is
+    os.rename(root / "i" / "file", root / "to" / "i")
+    view = snapshot(root)
+    assert [os.listdir(root / name) for name in "ghi"] == [[], [], []]
     stack.umount()
     # An xattr whiteout in the root is honoured by the kernel in a lower only where the root is marked.
     assert layers.mark(stack.up / "d", "opaque") == b"x"

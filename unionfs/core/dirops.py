@@ -488,9 +488,9 @@ class DirOps:
             last = self._keep_reachable(new, new_dir, new_name)
         try:
             if positive and whiteout_there:
-                sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
+                whiteouts.move_one(work, old_fd, old_name, new_fd, new_name)
             elif positive:
-                whiteouts.rename_leaving_one(work, old_fd, old_name, new_fd, new_name)
+                whiteouts.rename_leaving_one(work, old_fd, old_name, new_fd, new_name, over=new is not None)
             elif whiteout_there and isinstance(old, Dir):
                 sysio.rename(old_fd, old_name, new_fd, new_name, sysio.RENAME_EXCHANGE)
                 with contextlib.suppress(OSError):  # it is moved; a whiteout that stays hides nothing

@@ -58,7 +58,16 @@ def put_over_directory(work: WorkDir, upper: int, name: bytes) -> None:
     work.discard(temp)
 
 
-def rename_leaving_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
+def move_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
+    """Rename in upper to a name where a whiteout is, which comes to the old name. Raises OSError.
+
+    The arguments are those of `rename_leaving_one`.
+    """
+    _announce(work, old_fd)
+    sysio.rename(old_fd, old, new_fd, new, sysio.RENAME_EXCHANGE)
+
+
+def rename_leaving_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new: bytes, *, over: bool) -> None:
     """Rename in upper, over whatever is there, and leave a whiteout behind. Raises OSError.
 
     Args:
@@ -67,6 +76,7 @@ def rename_leaving_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new:
         old: the old name.
         new_fd: a descriptor of the new name's directory.
         new: the new name.
+        over: whether anything shows at the new name.
     """
     if work.whiteout_form == "char":
         try:
@@ -78,31 +88,34 @@ def rename_leaving_one(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new:
     if work.whiteout_form == "wh":
         _make_wh_file(old_fd, old)
         sysio.rename(old_fd, old, new_fd, new)
-        return
-    _announce(work, old_fd)
-    temp = work.whiteout()
-    try:
-        _swap_in(work, temp, old_fd, old, new_fd, new)
-    except BaseException:
-        work.discard(temp)
-        raise
+    elif over:
+        _rename_then_put(work, old_fd, old, new_fd, new)
+    else:
+        put(work, new_fd, new)  # hides nothing
+        move_one(work, old_fd, old, new_fd, new)
 
 
-def _swap_in(work: WorkDir, temp: bytes, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
+def _rename_then_put(work: WorkDir, old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
     """Rename, or exchange with what is there in upper, and then put a whiteout at the old name.
 
     In between the old name shows what is below, or what was at the new one; nothing is lost.
     """
+    _announce(work, old_fd)
+    temp = work.whiteout()
     flags = sysio.RENAME_NOREPLACE
     try:
-        sysio.rename(old_fd, old, new_fd, new, flags)
-    except FileExistsError:
-        flags = sysio.RENAME_EXCHANGE
-        sysio.rename(old_fd, old, new_fd, new, flags)
-    try:
-        sysio.rename(work.fd, temp, old_fd, old, flags)
+        try:
+            sysio.rename(old_fd, old, new_fd, new, flags)
+        except FileExistsError:
+            flags = sysio.RENAME_EXCHANGE
+            sysio.rename(old_fd, old, new_fd, new, flags)
+        try:
+            sysio.rename(work.fd, temp, old_fd, old, flags)
+        except BaseException:
+            sysio.rename(new_fd, new, old_fd, old, flags)
+            raise
     except BaseException:
-        sysio.rename(new_fd, new, old_fd, old, flags)
+        work.discard(temp)
         raise
     if flags == sysio.RENAME_EXCHANGE:
         work.discard(temp)

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Final, NamedTuple
 
 from unionfs.config import MountConfig
-from unionfs.core import sysio
+from unionfs.core import sysio, whiteouts
 from unionfs.core.caller import Caller
 from unionfs.core.dirops import DirOps, _Maker
 from unionfs.core.inodes import BROKEN_LINK, Dir, Node
@@ -145,6 +145,10 @@ class OnceDirOps(DirOps):
         except OSError:
             return False
         return not self._tree.work.is_whiteout(upper, name, st)
+
+    def leave_whiteout(self, parent: Dir, name: bytes) -> None:
+        """Finish a rename that was carried out but for the whiteout at the old name. Raises OSError."""
+        whiteouts.put(self._work(), self._tree.dirfds.upper(parent), name)
 
     def unlink(self, parent: Dir, name: bytes) -> None:
         if self.once.carried_out() is None:

@@ -29,6 +29,8 @@ class Restored:
     def __init__(self, union: KeptUnion, past: Past) -> None:
         self._union = union
         self._tree = union.tree
+        assert isinstance(union.dirs, OnceDirOps)
+        self._dirs = union.dirs
         self._past = past
         self._nodes = union.inodes.nodes
         assert isinstance(union.inodes, KeptNodes)
@@ -51,8 +53,11 @@ class Restored:
 
     def in_upper(self, parent: Dir, name: bytes) -> bool:
         """Tell whether upper has something at a name."""
-        assert isinstance(self._union.dirs, OnceDirOps)
-        return self._union.dirs.in_upper(parent, name)
+        return self._dirs.in_upper(parent, name)
+
+    def leave_whiteout(self, parent: Dir, name: bytes) -> None:
+        """Put a whiteout at a name where upper has nothing. Raises OSError."""
+        self._dirs.leave_whiteout(parent, name)
 
     def ino_at(self, parent: Dir, name: bytes) -> int:
         """Return the ``st_ino`` that shows at a name, 0 where there is nothing. Makes no node."""
@@ -183,6 +188,8 @@ def _is_object(fd: int, record: NodeRecord) -> bool:
 def carried_out(noted: bytes, past: Past, nodes: Restored) -> bool:
     """Find out whether a request was carried out; where that was a rename the records of *past* get the new names.
 
+    A rename that was carried out but for the whiteout at the old name gets that one.
+
     Args:
         noted: what was noted of it (see `once`).
         past: what the ledger says.
@@ -213,7 +220,9 @@ def _moved(past: Past, nodes: Restored, move: once.Move) -> bool:
     left = nodes.ino_at(old_dir, move.old_name)
     exchanged = move.new_ino != 0 and left == move.new_ino
     if left and not exchanged:
-        return False
+        if nodes.in_upper(old_dir, move.old_name) or nodes.ino_at(new_dir, move.new_name) != move.old_ino:
+            return False
+        nodes.leave_whiteout(old_dir, move.old_name)  # all but this was done (`whiteouts.rename_leaving_one`)
     _rename_records(past, move, exchanged=exchanged)
     return True
 
