@@ -6,14 +6,18 @@ FUSE asks for the first piece with attributes, and for the others only if the re
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
+import random
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.differential import syscalls
 from tests.support import patched, raw
 from tests.support.layers import FIFO, File, HardLink, Symlink, Tree, build
 from tests.support.mounts import Stack
@@ -198,17 +202,17 @@ def test_a_directory_is_opened_again_without_python(ours: Stack) -> None:
     wait_for(ours, "open_directories", 0)
 
 
-def test_readers_aside(ours: Stack) -> None:
-    """While the kernel keeps a listing for one reader, others are served without Python, as long as nothing changes."""
+def test_readers_at_once(ours: Stack) -> None:
+    """The kernel keeps a listing for all of its readers, and nothing else is asked for, as long as nothing changes."""
     build(ours.lower, {"d": {f"f{number}": b"x" for number in range(20)}})
     here = ours.mount() / "d"
     expected = names_only(here)
     kept = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
-    assert names_only(here) == expected  # Python's, the first one beside it
     before = ours.counter("native_direct")
     for _ in range(10):
         assert names_only(here) == expected
-    assert ours.counter("native_direct") <= before + 10  # reading changes a directory's times: opendir(3) asks for them
+        assert set(os.listdir(kept)) == set(expected)
+    assert ours.counter("native_direct") <= before + 1  # one opendir(3) asks for the times that reading has changed
     first = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
     assert set(os.listdir(first)) == set(expected)
     (here / "late").touch()
@@ -228,6 +232,87 @@ def test_readers_aside(ours: Stack) -> None:
         assert os.listdir(fd) == []
         os.close(fd)
     wait_for(ours, "open_directories", 0)
+
+
+@pytest.mark.parametrize("ends", ["reads on", "closes"])
+def test_what_readers_of_different_times_have_read_is_not_kept(ours: Stack, ends: str) -> None:
+    """The kernel puts together what one reader got before a change and another one behind it."""
+    build(ours.lower, {"d": {f"f{number:03}": b"" for number in range(200)}})
+    here = ours.mount() / "d"
+    first, second = (os.open(here, os.O_RDONLY | os.O_DIRECTORY) for _ in range(2))
+    begun = syscalls.getdents(first, 100)
+    order = syscalls.all_dents(second)  # now the kernel has all of it
+    os.unlink(here / os.fsdecode(order[100].name))
+    (here / "late").touch()
+    third = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+    assert syscalls.getdents(third, 100) == begun  # it begins anew
+    while order[-1] not in syscalls.getdents(first, 1000):
+        pass
+    if ends == "reads on":
+        assert syscalls.getdents(first) == []
+    for fd in (first, second) if ends == "reads on" else (first, second, third):
+        os.close(fd)
+    changed = {os.fsdecode(entry.name) for entry in order} - {os.fsdecode(order[100].name), ".", ".."} | {"late"}
+    for _ in range(3):
+        assert set(os.listdir(here)) == changed
+    if ends == "reads on":
+        assert {os.fsdecode(entry.name) for entry in syscalls.all_dents(third)} <= changed
+        os.close(third)
+
+
+def test_readers_at_once_and_a_writer(ours: Stack) -> None:
+    """Whatever pieces they take of a listing, each has what was there all the time once, and nothing old remains."""
+    names = {f"always-{number:03}-{'x' * (number % 60)}" for number in range(300)}
+    build(ours.lower, {"d": dict.fromkeys(names, b"")})
+    here = ours.mount() / "d"
+    with multiprocessing.Pool(6) as pool:
+        seconds = 4.0
+        reading = [pool.apply_async(read_on, (here, names, size, seconds)) for size in (100, 1000, 5000, 40_000)]
+        changing = [pool.apply_async(change_on, (here, seed, seconds)) for seed in (1, 2)]
+        for result in [*reading, *changing]:
+            assert result.get(60) > 10
+    for _ in range(3):
+        assert set(os.listdir(here)) == set(os.listdir(ours.up / "d")) | names
+
+
+def read_on(here: Path, names: set[str], size: int, seconds: float) -> int:
+    """List a directory for some time, at most `size` bytes at once, and sometimes not to its end."""
+    dice = random.Random(size)
+    turns, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            seen: list[str] = []
+            while piece := syscalls.getdents(fd, size):
+                seen += [os.fsdecode(entry.name) for entry in piece]
+                if dice.random() < 0.01:
+                    break
+            else:
+                lost = names - set(seen)
+                assert not lost, f"{len(lost)} lost"
+            assert len(seen) == len(set(seen)), "some came twice"
+        finally:
+            os.close(fd)
+        turns += 1
+    return turns
+
+
+def change_on(here: Path, seed: int, seconds: float) -> int:
+    """Make and remove names for some time; what has been removed or made is seen by the next reader."""
+    dice = random.Random(seed)
+    turns, until = 0, time.monotonic() + seconds
+    there: set[str] = set()
+    while time.monotonic() < until:
+        name = f"{dice.choice('abxyz')}-{seed}-{dice.randrange(30)}"
+        if name in there:
+            os.unlink(here / name)
+        else:
+            (here / name).touch()
+        there ^= {name}
+        mine = {entry for entry in os.listdir(here) if f"-{seed}-" in entry and not entry.startswith("always")}
+        assert mine == there
+        turns += 1
+    return turns
 
 
 def test_whatever_is_asked_of_a_directory_opened_again(stack: Stack) -> None:

@@ -7,7 +7,6 @@ stays the same whatever else happens in the directory, so reading can go on in a
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
@@ -27,7 +26,19 @@ _MOST_LISTED: Final = 4096
 class DirHandle:
     """An open directory: its listing as it was when reading began."""
 
-    __slots__ = ("again", "bare", "children", "cold", "cookies", "entries", "kept", "node", "version", "wants_all")
+    __slots__ = (
+        "again",
+        "bare",
+        "children",
+        "cold",
+        "cookies",
+        "entries",
+        "kept",
+        "node",
+        "shared",
+        "version",
+        "wants_all",
+    )
 
     def __init__(self, node: Dir) -> None:
         self.node = node
@@ -36,6 +47,7 @@ class DirHandle:
         # Whether the same listing was read before, and is kept: the kernel has dropped what it knew, and names too.
         self.again = False
         self.kept = False  # whether the kernel may keep what it reads through this handle
+        self.shared = False  # whether others may have it read too, and not be done
         self.version = -1  # of the directory when it was read
         # Of a long listing that is read for its names: how many came last without attributes, and how many of the
         # directory were in use then; whether the reader has been seen to look at them.
@@ -60,8 +72,11 @@ class Listings:
         if after <= DOTS or handle.entries is None:
             node = handle.node
             handle.version, handle.cookies, handle.entries = self._listing(node)
-            handle.again, node.listed = handle.kept and node.listed == node.version, node.version
-        return itertools.islice(zip(handle.cookies, handle.entries, strict=True), handle.first_after(after), None)
+            handle.again = handle.kept and not handle.shared and node.listed == node.version
+            node.listed = node.version
+        # By index: to skip what came before would take the longer, the further a reader has come.
+        at = range(handle.first_after(after), len(handle.entries))
+        return zip(map(handle.cookies.__getitem__, at), map(handle.entries.__getitem__, at), strict=True)
 
     def _listing(self, node: Dir) -> tuple[int, list[int], list[Entry]]:
         """Return a directory's version, cookies and entries; those that were read lately need not be read again."""

@@ -1,47 +1,40 @@
 /*
  * Directories that are opened again.
  *
- * The kernel keeps the listing of a directory for one reader at a time (why one: Direct.opendir). Once Python has said so
- * of a directory, nothing is left to decide about the OPENDIRs and RELEASEDIRs to come, which are all that the kernel asks
- * for a listing that it keeps. So they are answered here, as long as no other reader uses what is kept.
+ * The kernel keeps the listing of a directory, for all of its readers. Once Python has said so of a directory, nothing is
+ * left to decide about the OPENDIRs and RELEASEDIRs to come, which are all that the kernel asks for a listing that it
+ * keeps. So they are answered here.
  *
- * Those who come meanwhile read beside that one (*aside*), with a READDIRPLUS for all of a listing and one for its end. What
- * Python answered to the first of them is given to the others, as long as it holds: it is the whole listing, all of it names
- * whose attributes the kernel has, and the directory's version is still the one that was listed.
+ * What several readers have filled in, some of whom began before a change, may be older in parts than the kernel takes it
+ * for: it notes the time of what it keeps when it begins with it, and adds what any reader gets at the place where it has
+ * come to (fuse_add_dirent_to_cache). So it is found out here, when one of them has come to the end and the kernel is about
+ * to call that listing complete, whether the directory is still as it was when the first of those who may have had a part
+ * in it opened it. If not, what was filled in is dropped (UnionOperations._ended).
  *
- * Python gets to know such a handle when something else is asked through it, and closes only those.
+ * Python gets to know a handle that was given here when something else is asked through it, and closes only those.
  */
 #include "native.h"
 
 #include <stdlib.h>
 
-/* What is read aside. */
-struct listing {
-	PyObject *directory; /* an unionfs.core.inodes.Dir; NULL: nothing is */
-	PyObject *version; /* of the directory then */
-	PyObject *text; /* the answer */
-	uint64_t end; /* the position behind the last entry */
-};
-
 struct lister {
 	struct lister *next; /* in its bucket */
 	fuse_ino_t node;
-	uint64_t fh; /* of the reader who uses what is kept; 0: nobody does */
-	bool known; /* to Python */
+	PyObject *directory; /* an unionfs.core.inodes.Dir */
+	PyObject *since; /* its version when the first of these readers opened it; NULL: not known */
+	unsigned int readers; /* how many have it open */
+	unsigned int known; /* to Python, of the handles that were given here */
 	bool reopens; /* whether it is opened here from now on */
-	bool aside_known; /* whether Python knows a handle of those who read aside */
-	struct listing aside;
+	bool shared; /* whether several readers may have filled in what the kernel keeps */
 };
 
-enum { LISTER_BUCKETS = 4096, MOST_ASIDE = 4 << 20 };
+enum { LISTER_BUCKETS = 4096 };
 
-/* In the numbers of handles that are given here; Python has numbers without them. */
+/* In the numbers of handles that are given here; Python has numbers without it. */
 #define OURS (UINT64_C(1) << 62)
-#define ASIDE (UINT64_C(1) << 61)
 
 static struct lister *listers[LISTER_BUCKETS];
 static uint64_t serial; /* of handles given here */
-static Py_ssize_t aside_bytes; /* of all answers that are kept */
 static PyObject *version_name;
 
 /* Where the directory's lister is, or would be. */
@@ -54,34 +47,39 @@ static struct lister **find_lister(fuse_ino_t node)
 	return at;
 }
 
-static void drop_aside(struct lister *lister)
+/* The directory's version now, a new reference; NULL where it can't be had, which counts as another one. */
+static PyObject *version_of(const struct lister *lister)
 {
-	struct listing listing = lister->aside;
+	PyObject *version = PyObject_GetAttr(lister->directory, version_name);
 
-	if (!listing.directory)
-		return;
-	lister->aside = (struct listing){0};
-	aside_bytes -= PyBytes_GET_SIZE(listing.text);
-	Py_DECREF(listing.directory);
-	Py_DECREF(listing.version);
-	Py_DECREF(listing.text);
+	if (!version)
+		PyErr_Clear();
+	return version;
 }
 
-/* Whether there is an answer for those who read aside, and it still holds. */
-static bool has_aside(struct lister *lister)
+static bool is_unchanged(const struct lister *lister)
 {
-	PyObject *version;
-	bool holds;
+	PyObject *version = version_of(lister);
+	bool same = version && lister->since && PyObject_RichCompareBool(version, lister->since, Py_EQ) == 1;
 
-	if (!lister || !lister->reopens || !lister->aside.directory)
-		return false;
-	version = PyObject_GetAttr(lister->aside.directory, version_name);
-	holds = version && PyObject_RichCompareBool(version, lister->aside.version, Py_EQ) == 1;
 	PyErr_Clear();
 	Py_XDECREF(version);
-	if (!holds)
-		drop_aside(lister);
-	return holds;
+	return same;
+}
+
+static void opened(struct lister *lister)
+{
+	if (lister->readers++)
+		lister->shared = true;
+	else if (!lister->shared)
+		Py_XSETREF(lister->since, version_of(lister));
+}
+
+static void closed(struct lister *lister)
+{
+	/* What is half filled in by now stays as it is for the next reader, who goes on with it. */
+	if (!--lister->readers && lister->shared && is_unchanged(lister))
+		lister->shared = false;
 }
 
 static bool open_again(struct fuse_session *se, const struct fuse_in_header *in)
@@ -91,57 +89,20 @@ static bool open_again(struct fuse_session *se, const struct fuse_in_header *in)
 
 	if (!lister || !lister->reopens)
 		return false;
-	if (!lister->fh) {
-		lister->fh = reply.fh = OURS | ++serial;
-		lister->known = false;
-	} else if (has_aside(lister)) {
-		reply = (struct open_reply){.fh = OURS | ASIDE | ++serial};
-	} else {
-		return false;
-	}
+	opened(lister);
+	reply.fh = OURS | ++serial;
 	reply_raw(se, in->unique, 0, (const char *)&reply, sizeof(reply));
 	return true;
 }
 
-/* A READDIRPLUS; returns false where it isn't for the whole of what is read aside, or for its end. */
-static bool read_aside(struct fuse_session *se, const struct fuse_in_header *in, const struct fuse_read_in *read)
-{
-	struct lister *lister;
-	PyObject *text;
-
-	if (!(read->fh & ASIDE))
-		return false;
-	lister = *find_lister(in->nodeid);
-	if (!has_aside(lister))
-		return false;
-	text = lister->aside.text;
-	if (read->offset == lister->aside.end)
-		reply_raw(se, in->unique, 0, NULL, 0);
-	else if (!read->offset && PyBytes_GET_SIZE(text) <= (Py_ssize_t)read->size)
-		reply_raw(se, in->unique, 0, PyBytes_AS_STRING(text), (size_t)PyBytes_GET_SIZE(text));
-	else
-		return false;
-	return true;
-}
-
-/* The reader has closed it; returns false where Python has to do so too. */
+/* The reader has closed it; returns false where Python has to do so, or knows whether it has. */
 static bool close_lister(struct fuse_session *se, const struct fuse_in_header *in, uint64_t fh)
 {
 	struct lister *lister = *find_lister(in->nodeid);
-	bool known;
 
-	if (!lister)
+	if (!(fh & OURS) || !lister || !lister->readers || lister->known)
 		return false;
-	if (fh & ASIDE) {
-		known = lister->aside_known;
-	} else {
-		if (lister->fh != fh)
-			return false;
-		lister->fh = 0;
-		known = lister->known;
-	}
-	if (known)
-		return false;
+	closed(lister);
 	reply_raw(se, in->unique, 0, NULL, 0);
 	return true;
 }
@@ -150,15 +111,15 @@ static void forget_lister(fuse_ino_t node)
 {
 	struct lister **at = find_lister(node), *lister = *at;
 
-	if (lister)
-		drop_aside(lister);
-	if (lister && !lister->fh) {
-		*at = lister->next;
-		free(lister);
-	}
+	if (!lister || lister->readers)
+		return;
+	*at = lister->next;
+	Py_DECREF(lister->directory);
+	Py_XDECREF(lister->since);
+	free(lister);
 }
 
-/* Answer an OPENDIR, READDIRPLUS or RELEASEDIR about which nothing is to be decided; returns whether. */
+/* Answer an OPENDIR or RELEASEDIR about which nothing is to be decided; returns whether. */
 bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 {
 	const struct fuse_in_header *in = buf->mem;
@@ -170,9 +131,6 @@ bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 	switch (in->opcode) {
 	case FUSE_OPENDIR:
 		served = open_again(se, in);
-		break;
-	case FUSE_READDIRPLUS:
-		served = is_whole(buf, sizeof(struct fuse_read_in)) && read_aside(se, in, body);
 		break;
 	case FUSE_RELEASEDIR:
 		served = close_lister(se, in, ((const struct fuse_release_in *)body)->fh);
@@ -190,27 +148,35 @@ bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf)
 	return served;
 }
 
+static struct lister *make_lister(fuse_ino_t node, PyObject *directory)
+{
+	struct lister *lister = calloc(1, sizeof(*lister));
+
+	if (!lister)
+		return NULL;
+	lister->node = node;
+	lister->directory = Py_NewRef(directory);
+	return lister;
+}
+
 static PyObject *py_keep_listing(PyObject *self UNUSED, PyObject *args)
 {
-	unsigned long long node, fh;
+	unsigned long long node;
+	PyObject *directory;
 	struct lister **at;
-	int reopens;
+	int reopens, taken_over;
 
-	if (!PyArg_ParseTuple(args, "KKp", &node, &fh, &reopens))
+	if (!PyArg_ParseTuple(args, "KOpp", &node, &directory, &reopens, &taken_over))
+		return NULL;
+	if (!version_name && !(version_name = PyUnicode_InternFromString("version")))
 		return NULL;
 	at = find_lister(node);
-	if (*at && (*at)->fh)
-		Py_RETURN_FALSE;
-	if (!*at) {
-		*at = calloc(1, sizeof(**at));
-		if (!*at)
-			return PyErr_NoMemory();
-		(*at)->node = node;
-	}
-	(*at)->fh = fh;
-	(*at)->known = true;
+	if (!*at && !(*at = make_lister(node, directory)))
+		return PyErr_NoMemory();
 	(*at)->reopens = reopens;
-	Py_RETURN_TRUE;
+	(*at)->shared |= taken_over;
+	opened(*at);
+	Py_RETURN_NONE;
 }
 
 static PyObject *py_ask_again(PyObject *self UNUSED, PyObject *node)
@@ -230,59 +196,63 @@ static PyObject *py_opened_again(PyObject *self UNUSED, PyObject *args)
 	if (!PyArg_ParseTuple(args, "KK", &node, &fh))
 		return NULL;
 	lister = *find_lister(node);
-	if (fh & ASIDE) {
-		if (lister)
-			lister->aside_known = true;
+	if (!(fh & OURS) || !lister)
 		Py_RETURN_FALSE;
-	}
-	if (!lister || !fh || lister->fh != fh || lister->known)
-		Py_RETURN_NONE;
-	lister->known = true;
+	lister->known++;
 	Py_RETURN_TRUE;
 }
 
-static void drop_all_aside(void)
+static PyObject *py_close_listing(PyObject *self UNUSED, PyObject *args)
 {
-	for (int i = 0; i < LISTER_BUCKETS; i++)
-		for (struct lister *lister = listers[i]; lister; lister = lister->next)
-			drop_aside(lister);
-}
-
-static PyObject *py_read_aside(PyObject *self UNUSED, PyObject *args)
-{
-	unsigned long long node, end;
-	struct listing listing;
+	unsigned long long node, fh;
 	struct lister *lister;
+	int known;
 
-	if (!PyArg_ParseTuple(args, "KOOSK", &node, &listing.directory, &listing.version, &listing.text, &end))
-		return NULL;
-	if (!version_name && !(version_name = PyUnicode_InternFromString("version")))
+	if (!PyArg_ParseTuple(args, "KKp", &node, &fh, &known))
 		return NULL;
 	lister = *find_lister(node);
-	if (!lister || !lister->reopens)
-		Py_RETURN_NONE;
-	drop_aside(lister);
-	if (aside_bytes + PyBytes_GET_SIZE(listing.text) > MOST_ASIDE)
-		drop_all_aside();
-	aside_bytes += PyBytes_GET_SIZE(listing.text);
-	listing.end = end;
-	Py_INCREF(listing.directory);
-	Py_INCREF(listing.version);
-	Py_INCREF(listing.text);
-	lister->aside = listing;
-	Py_RETURN_NONE;
+	if (!lister || !lister->readers || !(known || fh & OURS))
+		Py_RETURN_FALSE;
+	if (known && fh & OURS)
+		lister->known--;
+	closed(lister);
+	Py_RETURN_TRUE;
+}
+
+static PyObject *py_shares_listing(PyObject *self UNUSED, PyObject *node)
+{
+	struct lister *lister = *find_lister(PyLong_AsUnsignedLongLong(node));
+
+	return PyErr_Occurred() ? NULL : PyBool_FromLong(lister && lister->shared);
+}
+
+static PyObject *py_is_listing_mixed(PyObject *self UNUSED, PyObject *node)
+{
+	struct lister *lister = *find_lister(PyLong_AsUnsignedLongLong(node));
+
+	if (PyErr_Occurred())
+		return NULL;
+	if (!lister || !lister->shared || is_unchanged(lister))
+		Py_RETURN_FALSE;
+	if (lister->readers == 1) {
+		lister->shared = false;
+		Py_XSETREF(lister->since, version_of(lister));
+	}
+	Py_RETURN_TRUE;
 }
 
 PyMethodDef lister_methods[] = {
 	{"keep_listing", py_keep_listing, METH_VARARGS,
-	 "(node, fh, reopens): have the kernel keep a directory's listing for this handle, and for those that are given here "
-	 "afterwards, if any are to be; False where another handle uses it."},
+	 "(node, directory, reopens, taken_over): the kernel keeps what it reads through a handle of Python's, and through those "
+	 "that are given here afterwards, if any are to be."},
 	{"ask_again", py_ask_again, METH_O, "The next OPENDIR of the node is for Python."},
 	{"opened_again", py_opened_again, METH_VARARGS,
-	 "(node, fh): None if no handle was opened here by this number, else whether the kernel keeps what it reads through it. "
-	 "Its RELEASEDIR comes to Python from now on."},
-	{"read_aside", py_read_aside, METH_VARARGS,
-	 "(node, directory, version, text, end): what to answer to the first READDIRPLUS of those who can't have their listing "
-	 "kept, and to the one for the end, as long as the directory has this `version`."},
+	 "(node, fh): whether this is a handle that was given here. RELEASEDIRs come to Python until it has closed it."},
+	{"close_listing", py_close_listing, METH_VARARGS,
+	 "(node, fh, known): a handle that the kernel kept a listing through is closed; `known`: Python had it. False: there is "
+	 "no such handle."},
+	{"shares_listing", py_shares_listing, METH_O, "Whether what the kernel keeps of a directory is several readers' work."},
+	{"is_listing_mixed", py_is_listing_mixed, METH_O,
+	 "Whether that may be of different times. Then the caller drops it before a reader is told that this is the end."},
 	{NULL, NULL, 0, NULL},
 };

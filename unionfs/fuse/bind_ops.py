@@ -80,6 +80,7 @@ class BindingOperations(UnionOperations):
                 timeout=self._timeout,
                 absent_timeout=self._absent_timeout,
                 invalidate_changed=self._invalidate_changed,
+                ended=self._ended,
                 closed=self._following.closed,
                 out_of_memory=self.out_of_memory,
                 read_only=self._union_read_only,

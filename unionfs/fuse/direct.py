@@ -86,6 +86,7 @@ class Direct:
         timeout: float,
         absent_timeout: float,
         invalidate_changed: Callable[[], None],
+        ended: Callable[[DirHandle], None],
         closed: Callable[[Node], None],
         covered: Mapping[tuple[int, bytes], object],
         out_of_memory: Callable[[], None],
@@ -100,6 +101,7 @@ class Direct:
             timeout: how long the kernel may keep names and attributes, in seconds.
             absent_timeout: how long it may remember that there is no such name.
             invalidate_changed: tells the kernel of attributes that copy-up changed.
+            ended: is told of readers that are about to be told that a listing ends.
             closed: is told of files of which a handle was closed.
             covered: (id of a directory, name) where something else than the union's is.
             out_of_memory: is told when there is no memory.
@@ -117,6 +119,7 @@ class Direct:
         self._ids = union.config.ids if union.config.ids.needed else None
         self._getxattr = union.getxattr_of_unchanging if timeout >= _LASTING else union.getxattr
         self._invalidate_changed = invalidate_changed
+        self._ended = ended
         self._closed = closed
         self._out_of_memory = out_of_memory
         self._covered = covered
@@ -449,9 +452,7 @@ class Direct:
     def opendir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Open a directory.
 
-        The kernel may keep its listing, and sees itself when that is out of date. But it keeps one per directory, and a
-        reader in the middle of it finds its place by the last entry that it got: lost, if that is removed and another
-        reader has the listing read anew (fuse_readdir_cached). So only one reader at a time may use what is kept.
+        The kernel may keep its listing, and sees itself when that is out of date.
         """
         node = self._directory(node_id, b"")
         if node is None or self._covered:
@@ -462,36 +463,39 @@ class Direct:
         self._serial += 1
         handle = self._serial << 1 | 1  # those of pyfuse3's way are even
         self._dir_handles[handle] = opened = DirHandle(node)
-        if not keep or not self._timeout or not native.keep_listing(node.id, handle, reopens=self._reopens):
+        if not keep or not self._timeout:
             return wire.open_out(handle, 0, 0)
+        native.keep_listing(node, reopens=self._reopens)
         opened.kept = True
         return wire.open_out(handle, FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR, 0)
 
     def take_over(self) -> None:
         """Go on with directories that the kernel has opened with another daemon."""
         self._serial = max((handle >> 1 for handle in self._dir_handles if handle & 1), default=0)
-        for handle, opened in self._dir_handles.items():
+        for opened in self._dir_handles.values():
             if opened.kept:
-                native.keep_listing(opened.node.id, handle, reopens=False)
+                native.keep_listing(opened.node, taken_over=True)
 
     def _dir_handle(self, node_id: int, handle: int) -> DirHandle | None:
         """Return an open directory, None if it is not the union's; the native layer may have opened it."""
         opened = self._dir_handles.get(handle)
         if opened is None:
-            kept = native.opened_again(node_id, handle)
-            if kept is None:
+            if not native.opened_again(node_id, handle):
                 return None
             node = self._nodes[node_id]
             assert isinstance(node, Dir)
             self._dir_handles[handle] = opened = DirHandle(node)
-            opened.kept = kept
+            opened.kept = True
         return opened
 
     def releasedir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
         """Close a directory."""
         handle = wire.u64(body)[0]
-        if self._dir_handles.pop(handle, None) is None and native.opened_again(node_id, handle) is None:
-            return None
+        opened = self._dir_handles.pop(handle, None)
+        if opened is None:
+            return 0 if native.close_listing(node_id, handle, known=False) else None
+        if opened.kept:
+            native.close_listing(node_id, handle, known=True)
         return 0
 
     def fsyncdir(self, node_id: int, uid: int, gid: int, pid: int, body: bytes) -> Answer:
@@ -515,6 +519,8 @@ class Direct:
             return None
         parts: list[bytes] = []
         node = handle.node
+        if not offset and handle.kept:
+            handle.shared = native.shares_listing(node_id)
         for position, name in ((1, b"."), (2, b"..")):
             if offset < position:
                 of = node if position == 1 or node.parent is None else node.parent
@@ -522,7 +528,7 @@ class Direct:
                 size -= len(parts[-1])
         if self._reads_names(handle, offset):
             parts += self._bare(handle, offset, size)
-            return b"".join(parts)
+            return self._ending(handle, parts)
         began = time.monotonic()
         for position, entry, record in self._listed(handle, offset, size):
             try:
@@ -537,19 +543,13 @@ class Direct:
             size -= len(packed)
         if offset > DOTS:  # else the listing was read as well
             handle.cold = time.monotonic() - began > _COLD_SECONDS * len(parts)
-        elif not offset and not handle.kept:
-            self._read_aside(handle, parts)
-        return b"".join(parts)
+        return self._ending(handle, parts)
 
-    def _read_aside(self, handle: DirHandle, parts: list[bytes]) -> None:
-        """Have an answer given to the next readers as well, if it is all of a listing, of which the kernel has all."""
-        node = handle.node
-        whole = handle.entries is not None and len(parts) == len(handle.entries) + DOTS
-        if not whole or handle.version != node.version or self._timeout < _LASTING or not self._reopens:
-            return
-        if self._covers(node) or not all(part.startswith(wire.NO_ENTRY) for part in parts):
-            return
-        native.read_aside(node, b"".join(parts), handle.cookies[-1] if handle.cookies else DOTS)
+    def _ending(self, handle: DirHandle, parts: list[bytes]) -> bytes:
+        text = b"".join(parts)
+        if not text:
+            self._ended(handle)
+        return text
 
     @staticmethod
     def _reads_names(handle: DirHandle, offset: int) -> bool:

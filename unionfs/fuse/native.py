@@ -475,16 +475,16 @@ def share(node: int, fh: int) -> None:
         _module.share(node, fh)
 
 
-def keep_listing(node: int, fh: int, *, reopens: bool) -> bool:
-    """Let the kernel keep a directory's listing for one reader; returns False where another one uses what is kept.
+def keep_listing(directory: Dir, *, reopens: bool = False, taken_over: bool = False) -> None:
+    """Say that the kernel may keep what it reads through a handle, which is to be answered with FOPEN_CACHE_DIR.
 
     Args:
-        node: the directory's node id.
-        fh: the handle that is about to be answered to its OPENDIR, with FOPEN_CACHE_DIR.
-        reopens: whether the native layer gives handles of its own to readers that come later, one at a time.
+        directory: what it is a handle of.
+        reopens: whether the native layer gives handles of its own to readers that come later.
+        taken_over: whether another daemon has opened it.
     """
     assert _module is not None
-    return bool(_module.keep_listing(node, fh, reopens))
+    _module.keep_listing(directory.id, directory, reopens, taken_over)
 
 
 def ask_again(node: int) -> None:
@@ -493,29 +493,40 @@ def ask_again(node: int) -> None:
         _module.ask_again(node)
 
 
-def opened_again(node: int, fh: int) -> bool | None:
-    """Whether the kernel keeps what it reads through a handle that the native layer gave by itself.
-
-    Its RELEASEDIR comes to Python from now on.
-
-    Returns:
-        None where the native layer gave no such handle.
-    """
+def opened_again(node: int, fh: int) -> bool:
+    """Tell whether the native layer gave a handle by itself. It is for the caller to close then (`close_listing`)."""
     assert _module is not None
-    kept: bool | None = _module.opened_again(node, fh)
-    return kept
+    return bool(_module.opened_again(node, fh))
 
 
-def read_aside(directory: Dir, text: bytes, end: int) -> None:
-    """Have readers whose listing the kernel does not keep served without Python until the directory's version changes.
+def close_listing(node: int, fh: int, *, known: bool) -> bool:
+    """Say that a handle is closed through which the kernel kept what it read.
 
     Args:
-        directory: one that another reader has had `keep_listing` for.
-        text: the answer to READDIRPLUS for all of it; the kernel knows every name in it, with attributes that last.
-        end: the position behind its last entry.
+        node: the directory's node id.
+        fh: the handle.
+        known: whether it was given to `keep_listing`, or `opened_again` has told of it.
+
+    Returns:
+        Whether there is such a handle.
     """
     assert _module is not None
-    _module.read_aside(directory.id, directory, directory.version, text, end)
+    return bool(_module.close_listing(node, fh, known))
+
+
+def shares_listing(node: int) -> bool:
+    """Tell whether several readers may have filled in what the kernel keeps of a directory."""
+    assert _module is not None
+    return bool(_module.shares_listing(node))
+
+
+def is_listing_mixed(node: int) -> bool:
+    """Tell whether what they have filled in may be of different times.
+
+    The caller has the kernel drop that before it answers to a reader that this is the end.
+    """
+    assert _module is not None
+    return bool(_module.is_listing_mixed(node))
 
 
 def take_backing(fd: int) -> int:

@@ -199,6 +199,7 @@ class UnionOperations(pyfuse3.Operations):
                 timeout=self._timeout,
                 absent_timeout=self._absent_timeout,
                 invalidate_changed=self._invalidate_changed,
+                ended=self._ended,
                 closed=self._following.closed,
                 covered=covered,
                 out_of_memory=self.out_of_memory,
@@ -595,6 +596,12 @@ class UnionOperations(pyfuse3.Operations):
                     raise
                 return  # the kernel will ask for the rest
             replied = True
+        self._ended(handle)
+
+    def _ended(self, handle: DirHandle) -> None:
+        """A reader is about to be told that there is no more, and what the kernel has is complete (csrc/listers.c)."""
+        if handle.kept and native.is_listing_mixed(handle.node.id):
+            self._invalidate(handle.node)
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:
         name = entry.name
