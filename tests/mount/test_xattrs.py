@@ -144,3 +144,40 @@ def test_xattrs_of_the_root(stack: Stack) -> None:
     assert sorted(os.listxattr(root)) == ["user.more", "user.root"]
     stack.umount()
     assert os.getxattr(stack.up, "user.more") == b"2"
+
+
+def test_what_lower_files_lack_is_told_without_python(ours: Stack) -> None:
+    """Until they have it: in upper, where they are copied to, or in a lower layer beside those that lack it."""
+    label, acl = "security.selinux", "system.posix_acl_access"
+    build(
+        ours.lower,
+        {"d": {f"f{number}": b"x" for number in range(20)}, "rich": File(b"r", xattrs={label: b"of lower"})},
+    )
+    root = ours.mount()
+    bare = [root / "d", *(root / "d" / f"f{number}" for number in range(20))]
+
+    def lacking() -> None:
+        for path in bare:
+            for name in (label, acl):
+                with fails(errno.ENODATA):
+                    os.getxattr(path, name)
+
+    names = os.listdir(root / "d")
+    assert len(names) == 20
+    lacking()
+    before = ours.counter("native_getxattr"), ours.counter("native_direct")
+    lacking()
+    assert ours.counter("native_getxattr") >= before[0] + 20  # at least the labels: ACLs the kernel may keep
+    assert ours.counter("native_direct") <= before[1] + 2  # the directory's own
+    assert os.getxattr(root / "rich", label) == b"of lower"
+    for path in bare[:3]:
+        os.setxattr(path, label, b"of upper")
+        assert os.getxattr(path, label) == b"of upper"
+        for name in (acl, "user.other"):
+            with fails(errno.ENODATA):
+                os.getxattr(path, name)
+    os.link(bare[4], root / "second")
+    os.setxattr(root / "second", label, b"by another name")
+    assert os.getxattr(bare[4], label) == b"by another name"
+    os.replace(root / "rich", bare[5])
+    assert os.getxattr(bare[5], label) == b"of lower"

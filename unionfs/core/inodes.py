@@ -39,6 +39,7 @@ IMMUTABLE: Final = 512  # chattr +i; it and the next are right once PROTECTION_K
 APPEND_ONLY: Final = 1024  # chattr +a
 PROTECTION_KNOWN: Final = 2048
 PLAIN: Final = 4096  # was found in a lower layer, without any extended attribute
+PLAIN_MASK: Final = PLAIN | UPPER  # where only PLAIN is set of these it still is one
 CACHED: Final = 8192  # was read as a lower file, so the kernel may have its data
 
 _NOT_PLAIN: Final = META | INDEXED | UNLINKED | BROKEN_LINK

@@ -26,7 +26,7 @@ from unionfs.core.copyup import CopyUp, DataCopy
 from unionfs.core.dirfds import DirFds
 from unionfs.core.dirhandle import DirHandle, Listings
 from unionfs.core.dirops import DirOps
-from unionfs.core.inodes import IMPURE, PLAIN, UPPER, Dir, InodeTable, Node
+from unionfs.core.inodes import IMPURE, PLAIN, PLAIN_MASK, Dir, InodeTable, Node
 from unionfs.core.layers import LayerStack
 from unionfs.core.listing import Lister
 from unionfs.core.markers import Format
@@ -74,7 +74,8 @@ class Union:
         self.dirs = DirOps(config, self.tree, self.up, self.lister, self.protection)
         self.open_files: dict[int, Node] = {}
         self._closed = False
-        self._not_there: set[tuple[int, str]] = set()  # layer, attribute
+        self.absent: set[tuple[int, str]] = set()
+        """Layer and attribute: what plain files of a layer are known to lack (`getxattr_of_unchanging`)."""
 
     @classmethod
     def open(cls, config: MountConfig, held: Sequence[int] = ()) -> Self:
@@ -360,14 +361,14 @@ class Union:
 
         A layer has said ENODATA once before, or else it might have another error for what it doesn't support.
         """
-        lacking = node.flags & (PLAIN | UPPER) == PLAIN and name in _OF_EACH_USE
-        if lacking and (node.layer, name) in self._not_there:
+        lacking = node.flags & PLAIN_MASK == PLAIN and name in _OF_EACH_USE
+        if lacking and (node.layer, name) in self.absent:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         try:
             return self.getxattr(node, name)
         except OSError as exc:
             if lacking and exc.errno == errno.ENODATA:
-                self._not_there.add((node.layer, name))
+                self.absent.add((node.layer, name))
             raise
 
     def listxattr(self, node: Node) -> list[str]:

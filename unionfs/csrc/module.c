@@ -43,7 +43,7 @@ PyMethodDef module_methods[] = {
 static PyMethodDef *const tables[] = {
 	session_methods, request_methods, ioctl_methods, owned_methods, bound_methods, bound_file_methods, reader_methods,
 	direct_methods, packing_methods, receive_methods, reply_methods, lazy_methods, listed_methods, copied_methods,
-	forking_methods, lister_methods, module_methods,
+	forking_methods, lister_methods, lacking_methods, module_methods,
 };
 
 static struct PyModuleDef module = {

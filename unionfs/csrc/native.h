@@ -226,13 +226,14 @@ bool is_reserved(const char *name);
 /* Note which node was seen at a name. Returns whether there was memory for it. */
 bool know_name(fuse_ino_t parent, const char *name, fuse_ino_t child);
 
-/* ------------------------------------------------------------------ bound*.c, readers.c, listers.c, direct.c: answers at once */
+/* ------------------------------------------------------------------ bound*.c, readers.c, listers.c, lacking.c, direct.c: answers at once */
 
 /* Each says whether it has answered the message. */
 bool look_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool open_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool serve_reader(struct fuse_session *se, const struct fuse_buf *buf);
 bool serve_lister(struct fuse_session *se, const struct fuse_buf *buf);
+bool lack_here(struct fuse_session *se, const struct fuse_buf *buf);
 bool answer_directly(struct fuse_session *se, const struct fuse_buf *buf);
 
 /* Close the handles that nobody uses; returns whether there were any. */
@@ -265,7 +266,7 @@ struct fuse_entry_out raw_entry(const struct fuse_entry_param *entry);
 
 extern PyMethodDef module_methods[], session_methods[], request_methods[], ioctl_methods[], owned_methods[];
 extern PyMethodDef bound_methods[], bound_file_methods[], reader_methods[], direct_methods[], packing_methods[], receive_methods[];
-extern PyMethodDef reply_methods[], listed_methods[], copied_methods[], forking_methods[], lister_methods[];
+extern PyMethodDef reply_methods[], listed_methods[], copied_methods[], forking_methods[], lister_methods[], lacking_methods[];
 
 #pragma GCC visibility pop
 

@@ -146,7 +146,7 @@ static int receive_now(struct fuse_session *se, struct fuse_buf *buf)
 			/* answered */
 		} else if (served_here(buf))
 			fuse_session_process_buf(se, buf);
-		else if (!look_here(se, buf) && !open_here(se, buf) && !answer_directly(se, buf))
+		else if (!look_here(se, buf) && !open_here(se, buf) && !lack_here(se, buf) && !answer_directly(se, buf))
 			return result;
 		if (now_ns() >= slice_end)
 			return -EINTR;

@@ -32,7 +32,7 @@ from unionfs.core.caller import Caller, caller
 from unionfs.core.changes import Changes, stored
 from unionfs.core.copyup import DataCopyPending
 from unionfs.core.dirhandle import DOTS, DirHandle
-from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, UNLINKED, Dir, Node
+from unionfs.core.inodes import INDEXED, META, NUMBER_BITS, PLAIN, PLAIN_MASK, UNLINKED, Dir, Node
 from unionfs.core.merge import Entry
 from unionfs.core.slow import WouldBlock
 from unionfs.core.union import Union
@@ -131,6 +131,8 @@ class Direct:
         handlers = self._handlers()
         if not union.config.shows_as_stored:
             del handlers[Opcode.GETXATTR]  # an ACL may name other owners than the stored one, or must not be seen
+        elif timeout >= _LASTING and keeper is None:
+            native.tell_lacking(union.inodes.nodes, union.absent, PLAIN_MASK, PLAIN)
         if union.door.is_slow:
             handlers = {opcode: _unblocked(handler) for opcode, handler in handlers.items()}
         if keeper is not None:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from unionfs.core import sysio
-from unionfs.core.inodes import Dir
+from unionfs.core.inodes import Dir, Node
 
 _module: ModuleType | None = None
 
@@ -485,6 +485,19 @@ def keep_listing(directory: Dir, *, reopens: bool = False, taken_over: bool = Fa
     """
     assert _module is not None
     _module.keep_listing(directory.id, directory, reopens, taken_over)
+
+
+def tell_lacking(nodes: dict[int, Node], absent: set[tuple[int, str]], mask: int, plain: int) -> None:
+    """Have GETXATTR of what isn't there answered without Python.
+
+    Args:
+        nodes: all nodes, by id.
+        absent: pairs of a layer's index and an attribute that plain files of it lack; may grow.
+        mask: which bits of `Node.flags` count.
+        plain: what these are where a node is plain.
+    """
+    assert _module is not None
+    _module.tell_lacking(nodes, absent, mask, plain)
 
 
 def ask_again(node: int) -> None:
