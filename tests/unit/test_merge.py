@@ -19,6 +19,11 @@ def test_the_topmost_name_is_shown_once() -> None:
     assert names(([b"a", b"b"], set()), ([b"b", b"c"], set())) == [(b"a", 0), (b"b", 0), (b"c", 1)]
 
 
+def test_a_name_that_was_read_twice_is_shown_once() -> None:
+    assert names(([b"a", b"b", b"a"], set()), ([b"b", b"c"], set())) == [(b"a", 0), (b"b", 0), (b"c", 1)]
+    assert names(([b"a", b"a"], set())) == [(b"a", 0)]
+
+
 def test_a_whiteout_hides_what_is_below_only() -> None:
     assert names(([b"a"], {b"a"}), ([b"a", b"b"], set())) == [(b"b", 1)]
     assert names(([b"a"], set()), ([b"a"], {b"a"}), ([b"a"], set())) == [(b"a", 0)]

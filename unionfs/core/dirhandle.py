@@ -94,6 +94,10 @@ class Listings:
 
 def _in_order(entries: list[Entry]) -> tuple[list[int], list[Entry]]:
     """Return cookies and the entries that have them, ascending. Equal hashes count on."""
+    by_cookie = {DOTS + 1 + (hash(entry.name) & _HASH_MASK): entry for entry in entries}
+    if len(by_cookie) == len(entries):
+        cookies = sorted(by_cookie)
+        return cookies, [by_cookie[cookie] for cookie in cookies]
     hashed = sorted((DOTS + 1 + (hash(entry.name) & _HASH_MASK), entry) for entry in entries)
     cookies = [cookie for cookie, _ in hashed]
     for at in range(1, len(cookies)):

@@ -14,6 +14,7 @@ from unionfs.core.merge import DT_CHR, DT_REG, DT_UNKNOWN, Entry, merge
 from unionfs.core.tree import Tree
 
 _NONE: Final[frozenset[bytes]] = frozenset()
+_MAY_BE_DEVICES: Final = frozenset((DT_CHR, DT_UNKNOWN))
 
 
 class Lister:
@@ -21,6 +22,8 @@ class Lister:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+        self.getdents = sysio.getdents
+        """Another one may be put in its place."""
 
     def entries(self, node: Dir) -> list[Entry]:
         """Return what the union shows in a directory, without ``.`` and ``..``."""
@@ -55,15 +58,14 @@ class Lister:
         os.close(fd)
         return [name for name, _, _ in raw]
 
-    @staticmethod
-    def _read(layer: Layer, dirfd: int) -> tuple[list[tuple[bytes, int, int]], int]:
+    def _read(self, layer: Layer, dirfd: int) -> tuple[list[tuple[bytes, int, int]], int]:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         try:
             fd = os.open(b".", flags | layer.read_noatime, dir_fd=dirfd)
         except PermissionError:
             fd = os.open(b".", flags, dir_fd=dirfd)
         try:
-            return sysio.getdents(fd), fd
+            return self.getdents(fd), fd
         except BaseException:
             os.close(fd)
             raise
@@ -73,8 +75,10 @@ class Lister:
         found: list[bytes] = []
         wh_files = layer.wh_files
         by_xattr = self._may_hold_xattr_whiteouts(layer, fd)
+        if not by_xattr and not wh_files:
+            raw = [entry for entry in raw if entry[2] in _MAY_BE_DEVICES]
         for name, _, kind in raw:
-            if kind in (DT_CHR, DT_UNKNOWN):
+            if kind in _MAY_BE_DEVICES:
                 if is_whiteout_device(os.stat(name, dir_fd=fd, follow_symlinks=False)):
                     found.append(name)
             elif kind == DT_REG and (by_xattr or (wh_files and name.startswith(WH_PREFIX))):

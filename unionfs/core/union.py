@@ -167,6 +167,16 @@ class Union:
                 places[number] = fd, base, device
         return places
 
+    def number_bases(self, node: Dir) -> dict[int, int]:
+        """Return by layer what `listed_ino` adds to listed numbers, without the layers of which more is to be asked."""
+        bases = {}
+        for number in node.stack:
+            if number or (node.is_pure_upper and not node.flags & IMPURE):
+                base = self.inodes.number_base(self.layers.layer(number).device)
+                if base is not None:
+                    bases[number] = base
+        return bases
+
     def listed_ino(self, node: Dir, entry: Entry) -> int | None:
         """Return the ``st_ino`` of a listed entry if the listing is enough to tell, else None.
 

@@ -113,6 +113,8 @@ static void forget_lister(fuse_ino_t node)
 
 	if (!lister || lister->readers)
 		return;
+	if (lister->shared) /* nothing is known of it any more; if the kernel still has it, it is to ask again */
+		fuse_lowlevel_notify_inval_inode(session, node, 0, 0);
 	*at = lister->next;
 	Py_DECREF(lister->directory);
 	Py_XDECREF(lister->since);

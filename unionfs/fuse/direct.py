@@ -565,16 +565,28 @@ class Direct:
         return not handle.wants_all
 
     def _bare(self, handle: DirHandle, offset: int, room: int) -> list[bytes]:
+        entries = handle.entries
+        assert entries is not None
+        node = handle.node
+        bases = {} if self._covers(node) else self._union.number_bases(node)
         parts: list[bytes] = []
-        for position, entry in self._union.read_entries(handle, offset):
-            size = wire.ENTRY_SIZE + _DIRENT_SIZE + len(entry.name) + 7 & ~7
+        at = first = handle.first_after(offset)
+        while True:
+            packed, at = native.pack_names(bases, node.children, handle.cookies, entries, at, room)
+            parts.append(packed)
+            room -= len(packed)
+            if at == len(entries):
+                break
+            name = entries[at].name
+            size = wire.ENTRY_SIZE + _DIRENT_SIZE + len(name) + 7 & ~7
             if size > room:
                 break
-            ino = self._ino_of(handle, entry)
+            ino = self._ino_of(handle, entries[at])
             if ino:  # what is gone takes no room: with nothing to show for it the kernel would see the end here
-                parts.append(wire.NO_ENTRY + wire.dirent(ino, position, entry.name, entry.kind))
+                parts.append(wire.NO_ENTRY + wire.dirent(ino, handle.cookies[at], name, entries[at].kind))
                 room -= size
-        handle.bare, handle.children = len(parts), len(handle.node.children)
+            at += 1
+        handle.bare, handle.children = at - first, len(node.children)
         return parts
 
     def _ino_of(self, handle: DirHandle, entry: Entry) -> int:

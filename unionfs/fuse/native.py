@@ -46,6 +46,7 @@ from types import ModuleType
 
 from unionfs.core import sysio
 from unionfs.core.inodes import Dir, Node
+from unionfs.core.merge import Entry
 
 _module: ModuleType | None = None
 
@@ -485,6 +486,39 @@ def keep_listing(directory: Dir, *, reopens: bool = False, taken_over: bool = Fa
     """
     assert _module is not None
     _module.keep_listing(directory.id, directory, reopens, taken_over)
+
+
+def pack_names(
+    bases: dict[int, int],
+    children: dict[bytes, Node],
+    positions: list[int],
+    entries: list[Entry],
+    first: int,
+    room: int,
+) -> tuple[bytes, int]:
+    """Pack entries of a listing with their names alone.
+
+    Args:
+        bases: by layer, what its objects' st_ino show above their own bits. Entries of other layers end it.
+        children: names that end it, too.
+        positions: the positions of all entries.
+        entries: all entries of the listing.
+        first: the first one to pack.
+        room: how many bytes there are.
+
+    Returns:
+        What was packed, as ``struct fuse_direntplus``, and the index of the first one that was not.
+    """
+    assert _module is not None
+    packed: tuple[bytes, int] = _module.pack_names(bases, children, positions, entries, first, room)
+    return packed
+
+
+def getdents(fd: int) -> list[tuple[bytes, int, int]]:
+    """Do what `sysio.getdents` does, much faster. Raises OSError."""
+    assert _module is not None
+    entries: list[tuple[bytes, int, int]] = _module.getdents(fd)
+    return entries
 
 
 def tell_lacking(nodes: dict[int, Node], absent: set[tuple[int, str]], mask: int, plain: int) -> None:

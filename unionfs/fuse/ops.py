@@ -184,6 +184,8 @@ class UnionOperations(pyfuse3.Operations):
         self.answering.set()
         self._native = native.active()
         self._union.up.copy_plain = native.copy_plain if self._native else None
+        if self._native:
+            self._union.lister.getdents = native.getdents
         native.ignore_sync(self._union.config.volatile)
         native.set_ioctl_handler(self.inode_flags)
         covered = self.covered()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ def prepare() -> None:
     """Take what the daemon needs: all descriptors it may have, no umask, no directory kept busy."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.set_threshold(10_000, 20, 50)  # nodes and listings are many, and in no cycles: looking for those takes its time
     os.umask(0)
     os.chdir("/")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
