@@ -11,7 +11,8 @@
  * to call that listing complete, whether the directory is still as it was when the first of those who may have had a part
  * in it opened it. If not, what was filled in is dropped (UnionOperations._ended).
  *
- * Python gets to know a handle that was given here when something else is asked through it, and closes only those.
+ * Python gets to know a handle that was given here when something else is asked through it. While it knows any of a
+ * directory, it is told of all that are closed.
  */
 #include "native.h"
 
@@ -228,7 +229,7 @@ static PyObject *py_shares_listing(PyObject *self UNUSED, PyObject *node)
 	return PyErr_Occurred() ? NULL : PyBool_FromLong(lister && lister->shared);
 }
 
-static PyObject *py_is_listing_mixed(PyObject *self UNUSED, PyObject *node)
+static PyObject *py_end_listing(PyObject *self UNUSED, PyObject *node)
 {
 	struct lister *lister = *find_lister(PyLong_AsUnsignedLongLong(node));
 
@@ -254,7 +255,8 @@ PyMethodDef lister_methods[] = {
 	 "(node, fh, known): a handle that the kernel kept a listing through is closed; `known`: Python had it. False: there is "
 	 "no such handle."},
 	{"shares_listing", py_shares_listing, METH_O, "Whether what the kernel keeps of a directory is several readers' work."},
-	{"is_listing_mixed", py_is_listing_mixed, METH_O,
-	 "Whether that may be of different times. Then the caller drops it before a reader is told that this is the end."},
+	{"end_listing", py_end_listing, METH_O,
+	 "A reader is about to be told that this is the end. Whether what the kernel keeps may be of different times: then the "
+	 "caller drops it first."},
 	{NULL, NULL, 0, NULL},
 };

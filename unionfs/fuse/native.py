@@ -413,6 +413,52 @@ def pack_listed(
     return packed
 
 
+def pack_names(
+    bases: dict[int, int],
+    children: dict[bytes, Node],
+    positions: list[int],
+    entries: list[Entry],
+    first: int,
+    room: int,
+) -> tuple[bytes, int]:
+    """Pack entries of a listing with their names alone.
+
+    Args:
+        bases: by layer, what its objects' st_ino show above their own bits. Entries of other layers end it.
+        children: names that end it, too.
+        positions: the positions of all entries.
+        entries: all entries of the listing.
+        first: the first one to pack.
+        room: how many bytes there are.
+
+    Returns:
+        What was packed, as ``struct fuse_direntplus``, and the index of the first one that was not.
+    """
+    assert _module is not None
+    packed: tuple[bytes, int] = _module.pack_names(bases, children, positions, entries, first, room)
+    return packed
+
+
+def getdents(fd: int) -> list[tuple[bytes, int, int]]:
+    """Do what `sysio.getdents` does, much faster. Raises OSError."""
+    assert _module is not None
+    entries: list[tuple[bytes, int, int]] = _module.getdents(fd)
+    return entries
+
+
+def tell_lacking(nodes: dict[int, Node], absent: set[tuple[int, str]], mask: int, plain: int) -> None:
+    """Have GETXATTR of what isn't there answered without Python.
+
+    Args:
+        nodes: all nodes, by id.
+        absent: pairs of a layer's index and an attribute that plain files of it lack; may grow.
+        mask: which bits of `Node.flags` count.
+        plain: what these are where a node is plain.
+    """
+    assert _module is not None
+    _module.tell_lacking(nodes, absent, mask, plain)
+
+
 def copy_plain(
     dirfd: int, name: bytes, ino: int, to_fd: int, work_fd: int, head: bytes | None, origin: str, metacopy: str | None
 ) -> tuple[int, int, int] | bool | None:
@@ -488,52 +534,6 @@ def keep_listing(directory: Dir, *, reopens: bool = False, taken_over: bool = Fa
     _module.keep_listing(directory.id, directory, reopens, taken_over)
 
 
-def pack_names(
-    bases: dict[int, int],
-    children: dict[bytes, Node],
-    positions: list[int],
-    entries: list[Entry],
-    first: int,
-    room: int,
-) -> tuple[bytes, int]:
-    """Pack entries of a listing with their names alone.
-
-    Args:
-        bases: by layer, what its objects' st_ino show above their own bits. Entries of other layers end it.
-        children: names that end it, too.
-        positions: the positions of all entries.
-        entries: all entries of the listing.
-        first: the first one to pack.
-        room: how many bytes there are.
-
-    Returns:
-        What was packed, as ``struct fuse_direntplus``, and the index of the first one that was not.
-    """
-    assert _module is not None
-    packed: tuple[bytes, int] = _module.pack_names(bases, children, positions, entries, first, room)
-    return packed
-
-
-def getdents(fd: int) -> list[tuple[bytes, int, int]]:
-    """Do what `sysio.getdents` does, much faster. Raises OSError."""
-    assert _module is not None
-    entries: list[tuple[bytes, int, int]] = _module.getdents(fd)
-    return entries
-
-
-def tell_lacking(nodes: dict[int, Node], absent: set[tuple[int, str]], mask: int, plain: int) -> None:
-    """Have GETXATTR of what isn't there answered without Python.
-
-    Args:
-        nodes: all nodes, by id.
-        absent: pairs of a layer's index and an attribute that plain files of it lack; may grow.
-        mask: which bits of `Node.flags` count.
-        plain: what these are where a node is plain.
-    """
-    assert _module is not None
-    _module.tell_lacking(nodes, absent, mask, plain)
-
-
 def ask_again(node: int) -> None:
     """Have the next OPENDIR of a directory come to Python: what was decided of it holds no more."""
     if _module is not None:
@@ -567,13 +567,14 @@ def shares_listing(node: int) -> bool:
     return bool(_module.shares_listing(node))
 
 
-def is_listing_mixed(node: int) -> bool:
-    """Tell whether what they have filled in may be of different times.
+def end_listing(node: int) -> bool:
+    """Say that a reader is about to be told that a listing ends.
 
-    The caller has the kernel drop that before it answers to a reader that this is the end.
+    Returns:
+        Whether what the kernel keeps of it may be of different times. The caller has it dropped first.
     """
     assert _module is not None
-    return bool(_module.is_listing_mixed(node))
+    return bool(_module.end_listing(node))
 
 
 def take_backing(fd: int) -> int:

@@ -602,7 +602,7 @@ class UnionOperations(pyfuse3.Operations):
 
     def _ended(self, handle: DirHandle) -> None:
         """A reader is about to be told that there is no more, and what the kernel has is complete (csrc/listers.c)."""
-        if handle.kept and native.is_listing_mixed(handle.node.id):
+        if handle.kept and native.end_listing(handle.node.id):
             self._invalidate(handle.node)
 
     def _reply_entry(self, token: pyfuse3.ReaddirToken, handle: DirHandle, entry: Entry, position: int) -> bool:
